@@ -1,0 +1,90 @@
+-- acquire.lua: choose a key for each request and reserve the request, its tokens and a slot; all in one step.
+-- USES meters, accounts, choose
+-- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index
+-- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 ring; then for each request 5 more: lease id, tokens,
+--       model, accounts to avoid if others can serve (one a line), accounts to try first (one a line)
+-- REPLY {1}: register first; or {0}, then for each request 4 more:
+--       1, key, account, 0             granted (again, where the id is live)
+--       0, ms to wait, reason, 1 or 0  refused; 1: can be served then, 0: not before then
+--       2, 0, '', 0                    the id has been settled already
+--       3, 0, limit, 0                 larger than the limit of every key
+
+local ttl, mark, reply = tonumber(ARGV[2]), 'r:' .. ARGV[3], {0}
+local revision = look_ahead(mark, ARGV[4]) and tick(pool)
+if not revision then return {1} end
+reap(class, expiry, ttl)
+refresh_index(mark, revision)
+
+local function grant(id, tokens, account, key, weight, before)
+  local q = quota_of(class, account)
+  local a = account_of(class, account, q)
+  for i = 1, q[2] == 1 and 2 or 4 do
+    if q[4 * i - 1] > 0 then charge(a, i, q, i > 2 and tokens or 1, class) end
+  end
+  if q[2] == 1 then a[2] = a[2] + tokens end
+  a[1], a[6] = a[1] + 1, a[6] + 1
+  touched[account] = true
+  local expires, probe = now + ttl, 0
+  if get(pool, 'k:' .. key) or get(pool, 'a:' .. account) or get(pool, 'breaker') then
+    for _, field in ipairs({'breaker', 'a:' .. account, 'k:' .. key}) do
+      local scope = scope_of(pool, field)
+      if scope and scope[1] > 0 then
+        scope[4], scope[5], probe = id, expires, 1
+        put(pool, field, cmsgpack.pack(scope))
+      end
+    end
+  end
+  put_lease(class, id, {LIVE, tokens, now, expires, probe, account, key})
+  watch(class, expiry, id, expires)
+  local at = earliest(a, q, 0, class)
+  if at > now then place(account, at, before)
+  elseif before > now or a[6] % weight == 0 then place(account, back(a), before) end
+  return 1, key, account, 0
+end
+
+local function serve(id, tokens, model, avoid, wanted)
+  local lease = lease_of(class, id)
+  if lease and lease[1] == LIVE then return 1, lease[7], lease[6], 0 end
+  if lease then return 2, 0, '', 0 end
+  local breaker = scope_of(pool, 'breaker')
+  local open = opens(breaker)
+  if not open then return 0, POLL, breaker[3], 0 end
+  if open > now then return 0, open - now, breaker[3], 1 end
+
+  local best, why, loose, bounded, last = NEVER, false, false, false, 0
+  local asked_for = wanted ~= '' and scores_of(wanted)
+  for round = 1, avoid == '' and 1 or 2 do
+    local n = 0
+    while true do
+      n = n + 1
+      local account, at = candidate(n, asked_for)
+      if not account or at > now and at >= best then
+        bounded = bounded or account or #listed < 2 * EXAMINED
+        break
+      end
+      last = max(last, at)
+      if avoid == '' or (round == 2) == (('\n' .. avoid .. '\n'):find('\n' .. account .. '\n', 1, true) ~= nil) then
+        local time, reason, vague, key, weight = judge(account, tokens, model)
+        if time <= now then return grant(id, tokens, account, key, weight, at) end
+        if time < best or not why then best, why, loose = time, reason, vague end
+        if not whole then list(EXAMINED) end   -- before anything moves
+        local small = judge(account, 0, '')
+        if small > now then place(account, small, at)
+        elseif #listed == 2 * EXAMINED then place(account, back(accounts[account]), at) end
+      end
+    end
+  end
+  local reason = why and (NAMES[why] or why) or ''
+  if not bounded then return 0, max(0, min(best, last) - now), reason, 0 end
+  if best == NEVER then return 3, 0, reason, 0 end
+  return 0, best - now, reason, loose and 0 or 1
+end
+
+for i = 4, #ARGV, 5 do
+  local n = #reply
+  reply[n + 1], reply[n + 2], reply[n + 3], reply[n + 4] =
+    serve(ARGV[i], tonumber(ARGV[i + 1]), ARGV[i + 2], ARGV[i + 3], ARGV[i + 4])
+  if moved then listed, whole, moved = false, false, false end
+end
+finish(class)
+return stale_days and {1} or reply

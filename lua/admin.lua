@@ -1,0 +1,31 @@
+-- admin.lua: what a person decides about a key, for the whole pool.
+-- USES meters, accounts
+-- KEYS  1 pool, then every class that this worker knows
+-- ARGV  1 now in ms ('' = the server's), 2 'disable', 'enable' or 'reset', 3 key, 4 account, 5 for how long in ms
+--       ('' = until it is enabled)
+-- REPLY 1; 0 where the pool is not known (register first)
+
+local pool, verb, key, account = KEYS[1], ARGV[2], 'k:' .. ARGV[3], ARGV[4]
+local revision, epoch = tick(pool)
+if not revision then return 0 end
+local k = scope_of(pool, key) or {0, 0, '', false, 0, 0, false, false}
+if verb == 'disable' then
+  k[7] = ARGV[5] == '' and -1 or now + tonumber(ARGV[5])
+  put(pool, key, cmsgpack.pack(k))
+else
+  -- Enabled: it may be used at once. Reset: all that was concluded of it and its account is forgotten too; what has
+  -- been used stays used.
+  get(pool, 'a:' .. account)
+  put(pool, key, false)
+  put(pool, 'a:' .. account, false)
+  for i = 2, verb == 'reset' and #KEYS or 0 do
+    local packed = get(KEYS[i], 'a:' .. account)
+    if packed then
+      put(KEYS[i], 'a:' .. account, packed:sub(1, 16) .. struct.pack('<ddd', 0, 0, 0) .. packed:sub(41))
+    end
+  end
+end
+local meta = get(pool, 'm')
+put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision + 1) .. epoch)
+flush()
+return 1

@@ -1,0 +1,41 @@
+-- inspect.lua: what is known of accounts and keys.
+-- USES meters, accounts
+-- KEYS  1 pool, 2 class, 3 expiry
+-- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 how many accounts follow; accounts, then keys
+-- REPLY {breaker's reason, ms until it opens}, then for each account {live, tokens held, ms of cooldown, ms out, why,
+--       and for each of the four meters {used as %.17g, limit} or {}}; then for each key {ms out, why, 401s in a row,
+--       ms disabled (-1: for good)}
+
+local pool, class, expiry, reply = KEYS[1], KEYS[2], KEYS[3], {}
+if tick(pool) then reap(class, expiry, tonumber(ARGV[2])) end
+
+local function left(at) return max(0, at - now) end
+
+local breaker = scope_of(pool, 'breaker')
+reply[1] = {breaker and breaker[3] or '', breaker and left(breaker[1]) or 0}
+for n = 4, 3 + ARGV[3] do
+  local account = ARGV[n]
+  local q, out = quota_of(class, account), scope_of(pool, 'a:' .. account)
+  local a = q and account_of(class, account, q) or {0, 0, 0}
+  local row = {a[1], a[2], left(a[3]), out and left(out[1]) or 0, out and out[3] or ''}
+  for i = 1, 4 do
+    local rule = q and q[4 * i - 1] or 0
+    row[5 + i] = {}
+    if rule > 0 then
+      local used
+      if rule == 1 then
+        used = q[4 * i + 2] - min(q[4 * i + 2], a[5 + 2 * i] + max(0, now - a[6 + 2 * i]) * q[4 * i + 1])
+      else
+        used = rule_of(q, i, class).used(a, i, q)
+      end
+      row[5 + i] = {('%.17g'):format(used), q[4 * i]}
+    end
+  end
+  reply[#reply + 1] = row
+end
+for n = 4 + ARGV[3], #ARGV do
+  local k = scope_of(pool, 'k:' .. ARGV[n]) or {0, 0, '', false, 0, 0, false}
+  reply[#reply + 1] = {left(k[1]), k[3], k[6], k[7] == -1 and -1 or k[7] and left(k[7]) or 0}
+end
+finish(class)
+return reply

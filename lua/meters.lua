@@ -1,0 +1,198 @@
+-- meters.lua: how much of a limit is used, under each window rule. A quota `q` has four numbers for the meter i (from
+-- q[4 * i - 1] on: rule or 0, limit, and two that _limits.py compiles), an account `a` two (from a[5 + 2 * i] on):
+--   1 bucket    q: rate per ms, capacity       a: level, at
+--   2 sliding   q: period, slot                a: sum, entries; and a.logs[i]
+--   3 calendar  q: headroom, period (0: days)  a: used, start of the window in epoch ms
+-- Sliding: an exact log up to 100 entries; beyond that an entry's time is the end of its slot. The newest entry stands
+-- apart: a.logs[i] = {head, before, at, amount, log}, where `log` has the older ones as pairs of varints (ms since the one
+-- before, amount), `head` is the time before its first entry and `before` that of its last.
+
+local windows, stale_days
+
+-- Sliding and calendar; made when first needed.
+local function make_windows(class)
+  local char, byte, floor = string.char, string.byte, math.floor
+  local days_of = {}
+
+  local function varint(n)
+    local bytes = ''
+    while n >= 128 do bytes, n = bytes .. char(n % 128 + 128), floor(n / 128) end
+    return bytes .. char(n)
+  end
+
+  local function unvarint(log, place)
+    local n, unit = 0, 1
+    while true do
+      local one = byte(log, place)
+      place = place + 1
+      if one < 128 then return n + one * unit, place end
+      n, unit = n + (one - 128) * unit, unit * 128
+    end
+  end
+
+  local function prune(a, i, period)
+    local m, place, x = a.logs[i], 1, 5 + 2 * i
+    while a[x + 1] > 1 do
+      local delta, after = unvarint(m[5], place)
+      if m[1] + delta + period > now then break end
+      local amount
+      amount, place = unvarint(m[5], after)
+      a[x], a[x + 1], m[1] = a[x] - amount, a[x + 1] - 1, m[1] + delta
+    end
+    if place > 1 then m[5] = m[5]:sub(place) end
+    if a[x + 1] == 1 and m[3] + period <= now then a[x], a[x + 1] = 0, 0 end
+    return m
+  end
+
+  -- The calendar's window at a time: its start and end in epoch ms; nothing when its days are not registered so far.
+  local function window(q, i, at)
+    local abs, period = at + base, q[4 * i + 2]
+    if period > 0 then return abs - abs % period, abs - abs % period + period end
+    local days = days_of[q.tz]
+    if not days then
+      local packed = get(class, 'd:' .. q.tz)
+      days = packed and cmsgpack.unpack(packed) or {}
+      days_of[q.tz] = days
+    end
+    for day = 1, #days - 1 do
+      if abs >= days[day] and abs < days[day + 1] then return days[day], days[day + 1] end
+    end
+    stale_days = stale_days or at == now
+  end
+
+  local rules = {
+    [2] = {
+      ready = function(a, i, q, need)
+        local over = a[5 + 2 * i] + need - q[4 * i]
+        if over <= 0 then return 0 end
+        local m, place, period = a.logs[i], 1, q[4 * i + 1]
+        local time = m[1]
+        for _ = 2, a[6 + 2 * i] do
+          local delta, amount
+          delta, place = unvarint(m[5], place)
+          amount, place = unvarint(m[5], place)
+          time, over = time + delta, over - amount
+          if over <= 0 then return time + period end
+        end
+        return m[3] + period
+      end,
+      charge = function(a, i, q, n)
+        local m, x, at = prune(a, i, q[4 * i + 1]), 5 + 2 * i, now
+        if n == 0 then return end
+        if a[x + 1] >= 100 then at = math.ceil(now / q[4 * i + 2]) * q[4 * i + 2] end
+        a[x] = a[x] + n
+        if a[x + 1] > 0 and m[3] >= at then
+          m[4] = m[4] + n
+          return
+        end
+        if a[x + 1] == 0 then m[1], m[2], m[5] = at, at, ''
+        else m[5], m[2] = m[5] .. varint(m[3] - m[2]) .. varint(m[4]), m[3] end
+        a[x + 1], m[3], m[4] = a[x + 1] + 1, at, n
+      end,
+      amend = function(a, i, q, n, granted)
+        local m, x, place = prune(a, i, q[4 * i + 1]), 5 + 2 * i, 1
+        local time = m[1]
+        for _ = 2, a[x + 1] do
+          local delta, after = unvarint(m[5], place)
+          local amount, following = unvarint(m[5], after)
+          time = time + delta
+          if time >= granted then
+            local amended = max(0, amount + n)
+            a[x] = a[x] + amended - amount
+            m[5] = m[5]:sub(1, after - 1) .. varint(amended) .. m[5]:sub(following)
+            return
+          end
+          place = following
+        end
+        if a[x + 1] > 0 and m[3] >= granted then
+          local amended = max(0, m[4] + n)
+          a[x], m[4] = a[x] + amended - m[4], amended
+        end
+      end,
+      -- What is used now; looking changes nothing.
+      used = function(a, i, q)
+        local m, sum, place, period = a.logs[i], a[5 + 2 * i], 1, q[4 * i + 1]
+        local time = m[1]
+        for _ = 2, a[6 + 2 * i] do
+          local delta, amount
+          delta, place = unvarint(m[5], place)
+          amount, place = unvarint(m[5], place)
+          time = time + delta
+          if time + period <= now then sum = sum - amount end
+        end
+        return a[6 + 2 * i] > 0 and m[3] + period <= now and sum - m[4] or sum
+      end,
+      fresh = function(a, i)
+        a.logs[i] = {now, now, now, 0, ''}
+        return 0, 0
+      end,
+    },
+    [3] = {
+      ready = function(a, i, q, need, at)
+        local start, finish = window(q, i, at)
+        if not start then return at + POLL end
+        if at + base >= finish - q[4 * i + 1] then return finish - base end
+        if a[6 + 2 * i] < start or a[5 + 2 * i] + need <= q[4 * i] then return 0 end
+        return finish - base
+      end,
+      charge = function(a, i, q, n)
+        local start = window(q, i, now) or 0
+        if start > a[6 + 2 * i] then a[5 + 2 * i], a[6 + 2 * i] = 0, start end
+        a[5 + 2 * i] = a[5 + 2 * i] + n
+      end,
+      amend = function(a, i, q, n, granted)
+        if window(q, i, granted) == a[6 + 2 * i] then a[5 + 2 * i] = max(0, a[5 + 2 * i] + n) end
+      end,
+      used = function(a, i, q)
+        return a[6 + 2 * i] < (window(q, i, now) or 0) and 0 or a[5 + 2 * i]
+      end,
+      fresh = function(a, i, q) return 0, window(q, i, now) or 0 end,
+    },
+  }
+  windows = rules
+  return rules
+end
+
+local function rule_of(q, i, class) return (windows or make_windows(class))[q[4 * i - 1]] end
+
+-- When the meter admits `n` beside what is `held`: a time, or nil where that has none. A request larger than a bucket
+-- but within the limit waits until the bucket is full. A calendar is judged as it will be at the time `at`.
+local function ready(a, i, q, n, held, at, class)
+  local j = 4 * i
+  if q[j - 1] == 1 then
+    local need = n + held
+    if need > q[j + 2] then
+      if held > 0 then return nil end
+      need = q[j + 2]
+    end
+    local level = a[5 + 2 * i]
+    if level >= need then return 0 end
+    return a[6 + 2 * i] + math.ceil((need - level) / q[j + 1])
+  end
+  if n + held > q[j] then return nil end
+  return rule_of(q, i, class).ready(a, i, q, n + held, at)
+end
+
+local function charge(a, i, q, n, class)
+  local j, x = 4 * i, 5 + 2 * i
+  if q[j - 1] == 1 then
+    local at = a[x + 1]
+    local level = a[x]
+    if now > at then level, a[x + 1] = level + (now - at) * q[j + 1], now end
+    a[x] = min(q[j + 2], level) - n
+  else
+    rule_of(q, i, class).charge(a, i, q, n)
+  end
+end
+
+-- Change what a grant was charged, by `n`. In a window it goes to that of the grant; if that has gone, nowhere. A
+-- bucket credits what its refill since the grant has not made good already.
+local function amend(a, i, q, n, granted, class)
+  if q[4 * i - 1] == 1 then
+    if n < 0 then n = -max(0, -n - q[4 * i + 1] * max(0, now - granted)) end
+    charge(a, i, q, n, class)
+    a[5 + 2 * i] = min(q[4 * i + 2], a[5 + 2 * i])
+  else
+    rule_of(q, i, class).amend(a, i, q, n, granted)
+  end
+end

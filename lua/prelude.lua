@@ -1,0 +1,100 @@
+-- prelude.lua: what every verb shares. The loader puts it in front of each, and after it the parts that the verb's
+-- head names in a line "USES meters, accounts".
+--
+-- THE SCHEMA. All keys of a pool carry one hash tag. Times are milliseconds since the pool's base (those of calendars
+-- since 1970). What every lease touches is packed with struct (little-endian doubles), the rest with cmsgpack.
+-- PEXPIRE only collects what has been idle for KEEP.
+--   stable:{pool}:pool           hash
+--     m            base, last now, raw clock when it was seen to jump back or -1, admin revision, epoch
+--     a:<account>  an account that is out {until or 0, pause, reason, probe's lease or false, probe's expiry}
+--     k:<key>      the same of a key, then {.., 401s in a row, disabled until or false (-1: for good), {model = until}}
+--     breaker      the same of the pool (its reason is a kind of failure), then {.., {{time, kind, account}, ..}}
+--     auth         {[key] = {time of its 401, account}}: those since the last success
+--   stable:{pool}:class:<class>  hash
+--     m            no lease expires before this
+--     q            the quota of the accounts that have none of their own
+--     q:<account>  the quota of an account: concurrency or 0, whether tokens are charged by use, then four numbers for
+--                  each of rpm, rpd, tpm, tpd (see meters.lua); then the time zone of its days
+--     d:<tz>       {midnight, ..}: days of a time zone, epoch ms
+--     r:<ring>     admin revision that the ring's index has seen, when PEXPIRE was set, whether it is plain: every
+--                  account has one key, of its own name, and weight 1 (then the hash of the ring is not needed)
+--     a:<account>  live leases, tokens held, cooldown until, refusals in a row, since, turn, then two numbers for each of
+--                  rpm, rpd, tpm, tpd; then the logs of sliding windows
+--     l:<lease>    state, tokens, granted, expires, is a probe; then account and key
+--     s:<model>    {account, ..}: up to two that have served the model
+--   stable:{pool}:expiry:<class> zset  lease -> when it expires, or when what is left of it is dropped
+--   stable:{pool}:ring:<ring>    hash  account -> "weight key weight key weight ..", the account's and each key's
+--   stable:{pool}:ready:<ring>   zset  account -> the ready index: the time when it was last sent to the back, or where it
+--                                      cannot serve even the smallest request, a lower bound of when it can
+--
+-- A script's body runs anew for every call, and each closure that it makes costs as much as a small command: what a
+-- plain grant does not need is therefore made when it is first used.
+
+local NEVER, POLL, EXAMINED, KEEP = 4503599627370496, 5000, 16, 172800000
+local call, max, min = redis.call, math.max, math.min
+local cells, changed = {}, {}
+local base, now
+
+-- Read fields of a hash, once; a field that is not there is false.
+local function load(key, fields)
+  local cell, got = cells[key] or {}, call('HMGET', key, unpack(fields))
+  cells[key] = cell
+  for i = 1, #fields do
+    if cell[fields[i]] == nil then cell[fields[i]] = got[i] end
+  end
+  return cell
+end
+
+local function get(key, field)
+  local cell = cells[key]
+  if not cell or cell[field] == nil then cell = load(key, {field}) end
+  return cell[field]
+end
+
+-- Fields are written (or dropped: false) together at the end.
+local function put(key, field, value)
+  cells[key][field] = value
+  local fields = changed[key]
+  if fields then fields[field] = value else changed[key] = {[field] = value} end
+end
+
+local function flush()
+  for key, fields in pairs(changed) do
+    local set, sets = {}, 0
+    for field, value in pairs(fields) do
+      if value then set[sets + 1], set[sets + 2], sets = field, value, sets + 2
+      else call('HDEL', key, field) end
+    end
+    for i = 1, sets, 1000 do call('HSET', key, unpack(set, i, min(i + 999, sets))) end
+  end
+end
+
+-- The pool's clock: ARGV[1] in tests, else the server's. A jump back freezes it for at most a minute, then the base
+-- moves. `last` is kept to the second; a smaller step back is harmless, since no meter refills for negative time.
+-- Returns the admin revision and the epoch; nothing where the pool is not known.
+local function tick(pool)
+  local meta, raw = get(pool, 'm'), tonumber(ARGV[1])
+  if not raw then
+    local time = call('TIME')
+    raw = time[1] * 1000 + math.floor(time[2] / 1000)
+  end
+  if not meta then
+    base, now = raw, 0
+    return nil
+  end
+  local last, back, revision, after
+  base, last, back, revision, after = struct.unpack('<dddd', meta)
+  now = raw - base
+  local was_base, was_last, was_back = base, last, back
+  if now >= last then
+    if back >= 0 or now - last >= 1000 then last, back = now, -1 end
+  else
+    now = last
+    if back < 0 or raw < back then back = raw
+    elseif raw - back >= 60000 then base, back = raw - now, -1 end
+  end
+  if base ~= was_base or last ~= was_last or back ~= was_back then
+    put(pool, 'm', struct.pack('<dddd', base, last, back, revision) .. meta:sub(after))
+  end
+  return revision, meta:sub(after)
+end

@@ -1,0 +1,87 @@
+-- register.lua: make a worker's keys and limits known for one class; the last one to register wins.
+-- USES meters, accounts
+-- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index
+-- ARGV  1 now in ms ('' = the server's), 2 ring, 3 an epoch (taken where the pool has none), 4 days as JSON
+--       {tz: [epoch ms, ..]}, 5 quotas as JSON [[18 numbers, time zone], ..], 6 members as JSON
+--       [[account, number of its quota, weight, key, weight, ..], ..]
+-- REPLY {epoch, accounts whose limits this changed}
+
+local pool, class, expiry, ring, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local revision, epoch = tick(pool)
+if not revision then
+  revision, epoch = 0, ARGV[3]
+  put(pool, 'm', struct.pack('<dddd', base, 0, -1, 0) .. epoch)
+end
+load(class, {'q'})
+for tz, days in pairs(cjson.decode(ARGV[4])) do put(class, 'd:' .. tz, cmsgpack.pack(days)) end
+
+local packed, unpacked, rows = {}, {}, {}
+for n, quota in ipairs(cjson.decode(ARGV[5])) do
+  packed[n] = struct.pack('<dddddddddddddddddd', unpack(quota, 1, 18)) .. quota[19]
+  unpacked[n] = quota
+  quota.tz = quota[19]
+end
+local usual = get(class, 'q')
+if not usual then
+  usual = packed[1]
+  put(class, 'q', usual)
+end
+
+-- A changed limit keeps the level, clamped to the new capacity; another rule starts with what the old one had used.
+local function carry(a, i, old, new)
+  local x, was, is = 5 + 2 * i, old[4 * i - 1], new[4 * i - 1]
+  local taken = 0
+  if was == 1 then
+    charge(a, i, old, 0, class)
+    taken = math.ceil(old[4 * i + 2] - a[x])
+  elseif was > 1 then taken = rule_of(old, i, class).used(a, i, old) end
+  if was == is and (is ~= 3 or old.tz == new.tz) then
+    if is == 1 then a[x] = min(a[x], new[4 * i + 2]) end
+    return
+  end
+  a.logs = a.logs or {}
+  a.logs[i] = nil
+  begin_meter(a, i, new, class)
+  if is > 0 and taken > 0 then charge(a, i, new, taken, class) end
+end
+
+local members, moved, plain = cjson.decode(ARGV[6]), 0, 1
+for first = 1, #members, 500 do
+  local fields, row, scores = {}, {}, {}
+  local last = min(first + 499, #members)
+  for m = first, last do
+    fields[#fields + 1] = 'q:' .. members[m][1]
+    fields[#fields + 1] = 'a:' .. members[m][1]
+  end
+  local known = load(class, fields)
+  for m = first, last do
+    local account, n = members[m][1], members[m][2]
+    if (known['q:' .. account] or usual) ~= packed[n] then
+      if known['a:' .. account] then
+        local old = quota_of(class, account)
+        local a = account_of(class, account, old)
+        for i = 1, 4 do carry(a, i, old, unpacked[n]) end
+        touched[account] = true
+      end
+      moved = moved + 1
+      put(class, 'q:' .. account, packed[n] ~= usual and packed[n])
+    end
+    local text = table.concat(members[m], ' ', 3)
+    if text ~= '1 ' .. account .. ' 1' then plain = 0 end
+    row[#row + 1] = account; row[#row + 1] = text
+    scores[#scores + 1] = 0; scores[#scores + 1] = account
+  end
+  rows[#rows + 1] = row
+  call('ZADD', index, 'NX', unpack(scores))
+end
+if moved > 0 then
+  revision = revision + 1
+  local meta = get(pool, 'm')
+  put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision) .. epoch)
+end
+put(class, 'r:' .. ARGV[2], struct.pack('<ddd', revision, now, plain))
+finish(class)
+if plain == 0 then for _, row in ipairs(rows) do call('HSET', ring, unpack(row)) end end
+call('ZADD', expiry, NEVER, '')   -- it is never empty, and so never loses its PEXPIRE
+for i = 1, #KEYS do call('PEXPIRE', KEYS[i], KEEP) end
+return {epoch, moved}

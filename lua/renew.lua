@@ -1,0 +1,34 @@
+-- renew.lua: extend live leases.
+-- USES meters, accounts
+-- KEYS  1 pool, 2 class, 3 expiry
+-- ARGV  1 now in ms ('' = the server's), 2 ttl in ms, 3 the longest that a lease may live, in ms; then lease ids
+-- REPLY for each lease 1 renewed, 0 lost
+
+local pool, class, expiry = KEYS[1], KEYS[2], KEYS[3]
+local ttl, longest, reply = tonumber(ARGV[2]), tonumber(ARGV[3]), {}
+local known = tick(pool)
+if known then reap(class, expiry, ttl) end
+for i = 4, #ARGV do
+  local id, renewed = ARGV[i], 0
+  local lease = known and lease_of(class, id)
+  if lease and lease[1] == LIVE and lease[4] <= now then
+    reap(class, expiry, ttl, id)
+    lease[1] = EXPIRED
+  end
+  if lease and lease[1] == LIVE then
+    renewed = 1
+    lease[4] = max(lease[4], min(now + ttl, lease[3] + longest))
+    put_lease(class, id, lease)
+    watch(class, expiry, id, lease[4])
+    for _, field in ipairs(lease[5] == 1 and {'breaker', 'a:' .. lease[6], 'k:' .. lease[7]} or {}) do
+      local scope = scope_of(pool, field)
+      if scope and scope[4] == id then
+        scope[5] = lease[4]
+        put(pool, field, cmsgpack.pack(scope))
+      end
+    end
+  end
+  reply[#reply + 1] = renewed
+end
+finish(class)
+return reply

@@ -1,0 +1,67 @@
+-- settle.lua: close leases, each exactly once, with what was used and what its outcome says of key, account and pool.
+-- USES meters, accounts, verdicts
+-- KEYS  1 pool, 2 class, 3 expiry, 4 ready index
+-- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms; then for each lease 8 more: id, account and key (as
+--       granted; only the first lease's are read, ahead), model,
+--       outcome ('ok', 'unsent', 'neutral', 'limited', 'account', 'key', 'model', 'failed'), tokens used ('' unknown),
+--       detail (limited: the server's wait in ms or ''; account: the reason; failed, unsent: the kind of failure), jitter 0..1
+-- REPLY for each lease 2: 0 done, 1 late (it had expired), 2 gone (settled before, or never granted); then advice:
+--       '' none, 'out' the scope is out now, 'fault' all keys fail alike, 'unknown' nobody has served this model
+
+local expiry, index, ttl, reply = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}
+load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[4], 'k:' .. ARGV[5]})
+load(class, {'m', 'q', 'l:' .. ARGV[3], 'a:' .. ARGV[4], 'q:' .. ARGV[4], 's:' .. ARGV[6]})
+local known = tick(pool)
+if known then reap(class, expiry, ttl) end
+
+-- An expired lease has been counted; only what it used beyond its reservation is still to be charged.
+local function count_late(lease, account, tokens)
+  local q = quota_of(class, account)
+  local a = account_of(class, account, q)
+  for i = 3, 4 do
+    if q[4 * i - 1] > 0 then amend(a, i, q, tokens - lease[2], lease[3], class) end
+  end
+  touched[account] = true
+end
+
+-- What the lease used, against what was reserved.
+local function count(lease, account, unsent, tokens)
+  local q = quota_of(class, account)
+  local a = account_of(class, account, q)
+  local sooner = unsent or q[1] > 0 and a[1] >= q[1] or a[2] > 0
+  close(class, account, lease, unsent and 0 or tokens or lease[2])
+  for i = 1, q[2] == 1 and 2 or 4 do
+    if q[4 * i - 1] > 0 then
+      if unsent then amend(a, i, q, i > 2 and -lease[2] or -1, lease[3], class)
+      elseif i > 2 and tokens and tokens > lease[2] then amend(a, i, q, tokens - lease[2], lease[3], class) end
+    end
+  end
+  if sooner then
+    local at = earliest(a, q, 0, class)
+    call('ZADD', index, 'XX', 'LT', at <= now and 0 or at, account)
+  end
+end
+
+for i = 3, #ARGV, 8 do
+  local id, n = ARGV[i], #reply
+  local lease = known and lease_of(class, id)
+  if lease and lease[1] == LIVE and lease[4] <= now then
+    reap(class, expiry, ttl, id)
+    lease[1] = EXPIRED
+  end
+  reply[n + 1], reply[n + 2] = 2, ''
+  if lease and lease[1] ~= TOMB then
+    local account, outcome, tokens = lease[6], ARGV[i + 4], tonumber(ARGV[i + 5])
+    reply[n + 1] = lease[1] == EXPIRED and 1 or 0
+    if lease[1] == LIVE then count(lease, account, outcome == 'unsent', tokens)
+    elseif tokens and tokens > lease[2] then count_late(lease, account, tokens) end
+    put(class, 'l:' .. id, false)
+    call('ZREM', expiry, id)
+    reply[n + 2] = conclude(id, lease, account, lease[7], ARGV[i + 3], outcome, ARGV[i + 6], tonumber(ARGV[i + 7]), index)
+  elseif known and not lease then
+    put_lease(class, id, {TOMB, 0, 0, 0, 0, '', ''})
+    watch(class, expiry, id, now + 2 * ttl)
+  end
+end
+finish(class)
+return reply

@@ -1,0 +1,250 @@
+"""@stable: lease a key for every attempt of a function, and give it to the function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from time import monotonic
+from typing import Any, ParamSpec, TypeVar, overload
+
+from stable_openai._drive import adrive, adrive_generator, drive, drive_generator, result
+from stable_openai._estimate import estimate_tokens
+from stable_openai._flow import Flow, Outcome, Policy, Raised, Returned, call
+from stable_openai._lease import Lease
+from stable_openai._ops import Granted
+from stable_openai._verdict import Verdict
+from stable_openai._worker import Request
+from stable_openai.errors import ConfigurationError
+from stable_openai.manager import KeyManager, default_manager
+
+__all__ = ["INJECTED", "stable"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PROVIDED = ("api_key", "client", "base_url", "lease")
+ATTEMPTS = 6
+
+INJECTED: Any = None
+"""A default for the injected parameters, so that a type checker lets callers leave them out:
+`def ask(prompt: str, api_key: str = INJECTED) -> str`."""
+
+
+@overload
+def stable(function: Callable[P, R], /) -> Callable[P, R]: ...
+
+
+@overload
+def stable(
+    *,
+    manager: KeyManager | None = None,
+    model: str | None = None,
+    tokens: int | Callable[..., int] | None = None,
+    max_wait: float | None = None,
+    stop: Callable[[Any], bool] | None = None,
+    wait: Callable[[Any], float] | None = None,
+    classify: Callable[[BaseException], Verdict | None] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+
+def stable(function: Any = None, /, **options: Any) -> Any:
+    """Lease a key for every attempt of a function; retry what may be retried; raise what may not.
+
+    The function may be a coroutine function, a generator or an async generator, or a method. It declares one or more
+    of the parameters `api_key`, `client`, `base_url` and `lease`, and is given them; its callers leave them out. A
+    caller who passes `api_key=` or `client=` himself uses his own: nothing is leased.
+
+    Args:
+        manager: the pool; by default the one that is the default when the function is called.
+        model: the model that the limits are counted for; else the call's `model` argument.
+        tokens: the tokens of a call, or a function of its arguments that tells; else estimated from its messages,
+            input or prompt and its output limit, where the limits count tokens.
+        max_wait: seconds that a call may wait in all; else the manager's.
+        stop, wait: tenacity's strategies: how often, and how long between attempts.
+        classify: gives the verdict of an exception, or None to leave it to the table.
+
+    Raises ConfigurationError, when it decorates, for a function that declares none of the parameters.
+
+    >>> from stable_openai import KeyManager, stable
+    >>> manager = KeyManager(["sk-doc"], pool="doc-stable")
+    >>> @stable(manager=manager)
+    ... def ask(prompt, api_key):
+    ...     return f"{prompt} with a key of {len(api_key)} letters"
+    >>> ask("hello")
+    'hello with a key of 6 letters'
+    >>> manager.close()
+    """
+    if function is not None:
+        return Decorated(function, **options).wrapper()
+    return lambda function: Decorated(function, **options).wrapper()
+
+
+class Decorated:
+    """A decorated function: what it declares, and how it is called."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        manager: KeyManager | None = None,
+        model: str | None = None,
+        tokens: int | Callable[..., int] | None = None,
+        max_wait: float | None = None,
+        stop: Callable[[Any], bool] | None = None,
+        wait: Callable[[Any], float] | None = None,
+        classify: Callable[[BaseException], Verdict | None] | None = None,
+    ) -> None:
+        if not callable(function):
+            raise ConfigurationError("stable", "decorates a function; its options are given by name")
+        self.function = function
+        self.signature = inspect.signature(function)
+        parameters = self.signature.parameters
+        self.injected = tuple(name for name in PROVIDED if name in parameters and _by_name(parameters[name]))
+        if not self.injected:
+            name = getattr(function, "__qualname__", "the function")
+            raise ConfigurationError(
+                "stable", f"{name} declares none of the parameters {', '.join(PROVIDED)}; add api_key"
+            )
+        self.positions = {
+            name: place for place, (name, parameter) in enumerate(parameters.items()) if parameter.kind in (0, 1)
+        }
+        self.manager, self.model, self.tokens, self.max_wait = manager, model, tokens, max_wait
+        self.policy = Policy(stop or default_stop, wait or default_wait, classify)
+
+    def wrapper(self) -> Any:
+        function, made = self.function, self
+        if inspect.isasyncgenfunction(function):
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                if made.has_own(kwargs, args):
+                    return function(*args, **kwargs)
+                one = OneCall(made, args, kwargs, is_async=True)
+                return adrive_generator(one.flow(), one.worker, one.backend, one.arguments_for)
+
+        elif inspect.isgeneratorfunction(function):
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                if made.has_own(kwargs, args):
+                    return function(*args, **kwargs)
+                one = OneCall(made, args, kwargs)
+                return drive_generator(one.flow(), one.worker, one.backend, one.arguments_for)
+
+        elif inspect.iscoroutinefunction(function):
+
+            async def wrapped(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # its colour differs
+                if made.has_own(kwargs, args):
+                    return await function(*args, **kwargs)
+                one = OneCall(made, args, kwargs, is_async=True)
+                return result(await adrive(one.flow(), one.worker, one.backend, one.aattempt))
+
+        else:
+
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                if made.has_own(kwargs, args):
+                    return function(*args, **kwargs)
+                one = OneCall(made, args, kwargs)
+                return result(drive(one.flow(), one.worker, one.backend, one.attempt))
+
+        update_wrapper(wrapped, function)
+        visible = [parameter for name, parameter in self.signature.parameters.items() if name not in self.injected]
+        wrapped.__signature__ = self.signature.replace(parameters=visible)  # type: ignore[attr-defined]
+        annotations = getattr(function, "__annotations__", {})
+        wrapped.__annotations__ = {name: kind for name, kind in annotations.items() if name not in self.injected}
+        return wrapped
+
+    def has_own(self, kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> bool:
+        """Whether the caller brings a key or a client of his own."""
+        return any(
+            self.argument(name, args, kwargs) is not None for name in ("api_key", "client") if name in self.injected
+        )
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """An argument of a call, by name or place; None where it is not given."""
+        if name in kwargs:
+            return kwargs[name]
+        place = self.positions.get(name)
+        return args[place] if place is not None and place < len(args) else None
+
+    def request(self, manager: KeyManager, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
+        model = self.model or self.argument("model", args, kwargs)
+        model = model if isinstance(model, str) else None
+        tokens = self.tokens
+        if callable(tokens):
+            tokens = tokens(*args, **kwargs)
+        elif tokens is None and manager.counts_tokens(model):
+            named = dict(zip(self.positions, args))
+            tokens = estimate_tokens({**named, **kwargs})
+        return manager.request(model, tokens, self.max_wait)
+
+
+def _by_name(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class OneCall:
+    """One call of a decorated function."""
+
+    __slots__ = ("args", "backend", "decorated", "is_async", "kwargs", "lease", "manager", "request", "worker")
+
+    def __init__(
+        self, decorated: Decorated, args: tuple[Any, ...], kwargs: dict[str, Any], is_async: bool = False
+    ) -> None:
+        manager = decorated.manager or default_manager()
+        self.decorated, self.args, self.kwargs, self.is_async = decorated, args, kwargs, is_async
+        self.manager = manager
+        self.worker, self.backend = manager._worker, manager._backend
+        self.request = decorated.request(manager, args, kwargs)
+        self.lease: Lease | None = None
+
+    def flow(self) -> Flow:
+        return call(self.worker, self.request, self.decorated.policy, monotonic(), self.reported)
+
+    def reported(self) -> tuple[int | None, Verdict | None]:
+        return self.lease.reported() if self.lease else (None, None)
+
+    def injection(self, granted: Granted) -> dict[str, Any]:
+        """The function's keyword arguments, with what it declares."""
+        key = self.worker.keys[granted.key]
+        given = dict(self.kwargs)
+        self.lease = None
+        for name in self.decorated.injected:
+            if name == "api_key":
+                given[name] = key.secret.reveal()
+            elif name == "base_url":
+                given[name] = key.base_url
+            elif name == "client":
+                from stable_openai._clients import client_for
+
+                given[name] = client_for(key, self.is_async)
+            else:
+                policy = self.decorated.policy
+                given[name] = self.lease = Lease(self.worker, self.backend, self.request, granted, policy.classify)
+        return given
+
+    def arguments_for(self, granted: Granted) -> Any:
+        return self.decorated.function(*self.args, **self.injection(granted))
+
+    def attempt(self, granted: Granted) -> Outcome:
+        try:
+            return Returned(self.arguments_for(granted))
+        except BaseException as error:
+            return Raised(error)
+
+    async def aattempt(self, granted: Granted) -> Outcome:
+        try:
+            return Returned(await self.arguments_for(granted))
+        except BaseException as error:
+            return Raised(error)
+
+
+def default_stop(state: Any) -> bool:
+    """After six attempts."""
+    return bool(state.attempt_number >= ATTEMPTS)
+
+
+def default_wait(state: Any) -> float:
+    """Exponential with full jitter: up to 0.5 s, doubling to 30 s."""
+    from tenacity import wait_random_exponential
+
+    return wait_random_exponential(multiplier=0.5, max=30)(state)

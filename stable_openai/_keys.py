@@ -1,0 +1,136 @@
+"""Keys, their secrets, and the fingerprint by which everybody else knows them.
+
+A secret leaves this module only through `Secret.reveal()`, which is called where a request is made and nowhere
+else. Redis, logs and messages know a key by its fingerprint and its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from stable_openai._limits import Limits
+from stable_openai.errors import ConfigurationError
+
+__all__ = ["Key", "Secret", "as_keys", "normalise_url"]
+
+
+class Secret:
+    """A string that does not show itself: not in a repr, a message or a pickle."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret('***')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a secret is not pickled: pass the keys to the other process by its own configuration")
+
+
+class Key:
+    """An API secret with its settings.
+
+    Args:
+        secret: the API key, such as "sk-...".
+        name: a label for logs and tables; the fingerprint where none is given.
+        account: who owns the quotas. Keys of one OpenAI organisation or project share one account; by default
+            a key is its own.
+        limits: what is known of this account's limits; it goes field by field over the manager's.
+        models: the models (exact names or patterns such as "gpt-4o*") that this key serves; None: all.
+        base_url: the endpoint that this key belongs to; None: the client's own default.
+        weight: a whole number; a key of weight 2 is chosen twice as often among those that are ready.
+
+    >>> Key("sk-a", name="team-a", account="org-1").name
+    'team-a'
+    """
+
+    __slots__ = ("account", "base_url", "fingerprint", "limits", "models", "name", "secret", "weight")
+
+    def __init__(
+        self,
+        secret: str,
+        *,
+        name: str | None = None,
+        account: str | None = None,
+        limits: Limits | None = None,
+        models: Iterable[str] | None = None,
+        base_url: str | None = None,
+        weight: int = 1,
+    ) -> None:
+        if not isinstance(secret, str) or not secret.strip():
+            raise ConfigurationError("key", "is empty; give the API key as a string such as 'sk-...'")
+        if secret != secret.strip() or not secret.isprintable():
+            raise ConfigurationError("key", "has white space or control characters around or inside it; strip them")
+        if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= 1000:
+            raise ConfigurationError("weight", "must be a whole number from 1 to 1000")
+        if account is not None and (not account or "\n" in account):
+            raise ConfigurationError("account", "must be a name of one line, or left out")
+        if isinstance(models, str):
+            raise ConfigurationError("models", f"must be a list of names; write [{models!r}]")
+        if limits is not None and not isinstance(limits, Limits):
+            raise ConfigurationError("limits", "must be a Limits(...)")
+        self.secret = Secret(secret)
+        self.base_url = normalise_url(base_url)
+        identity = f"{self.base_url or ''}\0{secret}".encode()
+        self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
+        self.name = name or self.fingerprint
+        self.account = account or self.fingerprint
+        self.limits = limits
+        self.models = None if models is None else tuple(models)
+        self.weight = weight
+
+    def __repr__(self) -> str:
+        return f"Key('***', name={self.name!r}, account={self.account!r}, fingerprint={self.fingerprint!r})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a Key is not pickled: it holds a secret")
+
+
+def normalise_url(url: str | None) -> str | None:
+    """The URL with its scheme and host in lower case, without a default port or a slash at the end."""
+    if url is None:
+        return None
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or parts.scheme.lower() not in ("http", "https"):
+        raise ConfigurationError("base_url", "cannot be parsed; write it as 'https://host/v1'")
+    scheme = parts.scheme.lower()
+    if ":" in host:
+        host = f"[{host}]"
+    if port is not None and port != {"http": 80, "https": 443}[scheme]:
+        host = f"{host}:{port}"
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{scheme}://{host}{parts.path.rstrip('/')}{query}"
+
+
+def as_keys(keys: Iterable[str | Key] | Mapping[str, str]) -> tuple[Key, ...]:
+    """The keys of a pool: strings become keys; an empty list and duplicates are refused."""
+    if isinstance(keys, (str, bytes)):
+        raise ConfigurationError("keys", "must be a list of keys; put the one key into a list")
+    made = tuple(key if isinstance(key, Key) else Key(key) for key in keys)
+    if not made:
+        raise ConfigurationError("keys", "there are none; give at least one API key")
+    seen: dict[str, int] = {}
+    for position, key in enumerate(made):
+        if key.fingerprint in seen:
+            first = seen[key.fingerprint]
+            raise ConfigurationError("keys", f"number {position + 1} repeats number {first + 1}; list each key once")
+        seen[key.fingerprint] = position
+    return made

@@ -1,0 +1,296 @@
+"""The broker's operations and replies as values, and how they travel: to KEYS and ARGV, and back.
+
+Every backend takes one of the operations and answers with its reply:
+
+    Register -> Registered                      Renew   -> list[bool] (renewed, or lost)
+    Acquire  -> NotRegistered or list[Answer]   Inspect -> Snapshot
+    Settle   -> list[Settled]                   Admin   -> bool (False: the pool is not known)
+
+An Answer is Granted, Refused, Gone or TooLarge. Times are whole milliseconds. These are named tuples and not
+dataclasses because some are made for every attempt, and a frozen dataclass takes four times as long to make.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from stable_openai._limits import METERS, Quota
+
+__all__ = [
+    "Acquire", "Admin", "Answer", "Ask", "Closing", "Gone", "Granted", "Inspect", "Member", "NotRegistered", "Op",
+    "Refused", "Register", "Registered", "Registration", "Renew", "Settle", "Settled", "Snapshot", "TooLarge",
+    "decode", "encode",
+]  # fmt: skip
+
+
+class Member(NamedTuple):
+    """An account of a ring: its quota's number, its weight and its keys (fingerprint, weight)."""
+
+    account: str
+    quota: int
+    weight: int
+    keys: tuple[tuple[str, int], ...]
+
+
+class Registration:
+    """The keys that a worker holds for one class, with their limits. Its digest is the ring's name: an acquire
+    that names a digest the store does not know is answered with NotRegistered."""
+
+    __slots__ = ("keys", "members", "model_class", "pool", "quotas", "ring", "zones")
+
+    def __init__(self, pool: str, model_class: str, quotas: Sequence[Quota], members: Iterable[Member]) -> None:
+        self.pool = pool
+        self.model_class = model_class
+        self.quotas = tuple(quotas)
+        self.members = tuple(members)
+        self.zones = sorted({quota[-1] for quota in quotas if quota[-1]})
+        text = json.dumps([model_class, self.quotas, self.members])
+        self.ring = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        tag = f"stable:{{{pool}}}"
+        self.keys = (
+            f"{tag}:pool",
+            f"{tag}:class:{model_class}",
+            f"{tag}:expiry:{model_class}",
+            f"{tag}:ring:{self.ring}",
+            f"{tag}:ready:{self.ring}",
+        )
+
+    @property
+    def fingerprints(self) -> list[str]:
+        return [fingerprint for member in self.members for fingerprint, _ in member.keys]
+
+
+class Ask(NamedTuple):
+    """One request for a lease. `avoid` is passed over while others can serve, `wanted` is tried first (accounts)."""
+
+    id: str
+    tokens: int
+    model: str
+    avoid: tuple[str, ...] = ()
+    wanted: tuple[str, ...] = ()
+
+
+class Closing(NamedTuple):
+    """How a lease ended. `outcome` and `detail` are those of settle.lua; tokens None: not known."""
+
+    id: str
+    account: str
+    key: str
+    model: str
+    outcome: str
+    tokens: int | None = None
+    detail: str = ""
+    jitter: float = 0.0
+
+
+class Register(NamedTuple):
+    to: Registration
+    epoch: str
+    days: dict[str, list[int]]
+
+
+class Acquire(NamedTuple):
+    to: Registration
+    ttl_ms: int
+    asks: tuple[Ask, ...]
+
+
+class Settle(NamedTuple):
+    to: Registration
+    ttl_ms: int
+    closings: tuple[Closing, ...]
+
+
+class Renew(NamedTuple):
+    to: Registration
+    ttl_ms: int
+    longest_ms: int
+    ids: tuple[str, ...]
+
+
+class Inspect(NamedTuple):
+    to: Registration
+    ttl_ms: int
+
+
+class Admin(NamedTuple):
+    """`verb` is "disable", "enable" or "reset"; `classes` are the registrations that the worker knows."""
+
+    pool: str
+    verb: str
+    key: str
+    account: str
+    ms: int | None
+    classes: tuple[str, ...]
+
+
+Op = Register | Acquire | Settle | Renew | Inspect | Admin
+
+
+class Registered(NamedTuple):
+    epoch: str
+    moved: int
+
+
+class NotRegistered(NamedTuple):
+    pass
+
+
+class Granted(NamedTuple):
+    id: str
+    key: str
+    account: str
+
+
+class Refused(NamedTuple):
+    """`exact`: the request can be served after `wait_ms`; else not before (or that is only when to look again)."""
+
+    wait_ms: int
+    reason: str
+    exact: bool
+
+
+class Gone(NamedTuple):
+    pass
+
+
+class TooLarge(NamedTuple):
+    limit: str
+
+
+Answer = Granted | Refused | Gone | TooLarge
+
+
+class Settled(NamedTuple):
+    """`code` 0 done, 1 late, 2 gone; `advice` "", "out", "fault" or "unknown" (see settle.lua)."""
+
+    code: int
+    advice: str
+
+
+class AccountRow(NamedTuple):
+    live: int
+    held: int
+    cooldown_ms: int
+    out_ms: int
+    reason: str
+    meters: dict[str, tuple[float, int]]
+    """The limits that are known: name -> (used, limit)."""
+
+
+class KeyRow(NamedTuple):
+    """`disabled_ms`: -1 until it is enabled again."""
+
+    out_ms: int
+    reason: str
+    failures: int
+    disabled_ms: int
+
+
+class Snapshot(NamedTuple):
+    breaker: str
+    breaker_ms: int
+    accounts: dict[str, AccountRow]
+    keys: dict[str, KeyRow]
+
+
+def encode(op: Op, now: str) -> tuple[str, tuple[str, ...], list[Any]]:
+    """The verb, KEYS and ARGV of an operation; `now` is ARGV[1]: ms in tests, else empty."""
+    verb, encoder, _ = _CODECS[type(op)]
+    keys, args = encoder(op, now)
+    return verb, keys, args
+
+
+def decode(op: Op, reply: Any) -> Any:
+    """The reply of a script as a value."""
+    return _CODECS[type(op)][2](op, reply)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _register(op: Register, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    to = op.to
+    members = [
+        [member.account, member.quota + 1, member.weight, *(part for key in member.keys for part in key)]
+        for member in to.members
+    ]
+    return to.keys, [now, to.ring, op.epoch, *(json.dumps(part) for part in (op.days, to.quotas, members))]
+
+
+def _acquire(op: Acquire, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    to = op.to
+    args: list[Any] = [now, op.ttl_ms, to.ring]
+    for ask in op.asks:
+        args += (ask.id, ask.tokens, ask.model, "\n".join(ask.avoid), "\n".join(ask.wanted))
+    return to.keys, args
+
+
+def _answers(op: Acquire, reply: list[Any]) -> NotRegistered | list[Answer]:
+    if reply[0]:
+        return NotRegistered()
+    answers: list[Answer] = []
+    place = 1
+    for ask in op.asks:
+        code, first, second, exact = reply[place : place + 4]
+        place += 4
+        if code == 1:
+            answers.append(Granted(ask.id, _text(first), _text(second)))
+        elif code == 0:
+            answers.append(Refused(first, _text(second), exact == 1))
+        else:
+            answers.append(Gone() if code == 2 else TooLarge(_text(second)))
+    return answers
+
+
+def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    keys = op.to.keys
+    args: list[Any] = [now, op.ttl_ms]
+    for closing in op.closings:
+        args += closing
+        if closing.tokens is None:
+            args[-3] = ""
+    return (keys[0], keys[1], keys[2], keys[4]), args
+
+
+def _renew(op: Renew, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    return op.to.keys[:3], [now, op.ttl_ms, op.longest_ms, *op.ids]
+
+
+def _inspect(op: Inspect, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    accounts = [member.account for member in op.to.members]
+    return op.to.keys[:3], [now, op.ttl_ms, len(accounts), *accounts, *op.to.fingerprints]
+
+
+def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
+    (breaker, breaker_ms), rows = reply[0], reply[1:]
+    accounts = {}
+    for member, (live, held, cooldown, out, why, *meters) in zip(op.to.members, rows):
+        known = {name: (float(row[0]), int(row[1])) for name, row in zip(METERS, meters) if row}
+        accounts[member.account] = AccountRow(live, held, cooldown, out, _text(why), known)
+    keys = {
+        fingerprint: KeyRow(out, _text(why), failures, disabled)
+        for fingerprint, (out, why, failures, disabled) in zip(op.to.fingerprints, rows[len(op.to.members) :])
+    }
+    return Snapshot(_text(breaker), breaker_ms, accounts, keys)
+
+
+def _admin(op: Admin, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    tag = f"stable:{{{op.pool}}}"
+    keys = (f"{tag}:pool", *(f"{tag}:class:{name}" for name in op.classes))
+    return keys, [now, op.verb, op.key, op.account, "" if op.ms is None else op.ms]
+
+
+_Codec = tuple[str, Callable[[Any, str], tuple[tuple[str, ...], list[Any]]], Callable[[Any, Any], Any]]
+_CODECS: dict[type, _Codec] = {
+    Register: ("register", _register, lambda op, reply: Registered(_text(reply[0]), reply[1])),
+    Acquire: ("acquire", _acquire, _answers),
+    Settle: ("settle", _settle, lambda op, reply: [Settled(c, _text(a)) for c, a in zip(reply[::2], reply[1::2])]),
+    Renew: ("renew", _renew, lambda op, reply: [code == 1 for code in reply]),
+    Inspect: ("inspect", _inspect, _snapshot),
+    Admin: ("admin", _admin, lambda op, reply: reply == 1),
+}

@@ -1,0 +1,215 @@
+"""What an error means: the table of design.md, section 6, as code.
+
+`judge(error)` names the outcome that the lease is settled with (which scope it concerns), and what the call does
+next. The user's `classify` runs first; then the error's code decides, then its type, then its status; never its
+text alone, since some gateways say "insufficient quota" where they mean that too many requests run at once.
+
+    outcome    scope            what the store does                     action of the call
+    limited    account × class  cooldown                                move
+    account    account          out, probed after 15 min                move
+    key        key              out after two in a row, probed          move
+    model      key × model      out if others have served the model     move
+    failed     attempt          counts for the breaker                  retry (with backoff)
+    neutral    request          nothing                                 raise
+
+A move takes another key at once and is not an attempt; a retry is one. "fatal" is raised whatever happens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["Verdict", "judge", "redact", "verdict_of_response"]
+
+Action = Literal["move", "retry", "raise"]
+Outcome = Literal["limited", "account", "key", "model", "failed", "neutral"]
+
+LONGEST_WAIT_MS = 900_000
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an error means. `classify=` may return one of its own.
+
+    Args:
+        outcome: "limited", "account", "key", "model", "failed" or "neutral"; see the table above.
+        action: "move", "retry" or "raise".
+        reason: a word for logs and status(), such as "insufficient_quota" or "5xx".
+        wait_s: how long the server asks to be left alone; None where it does not say.
+        sent: False only if the request certainly never left: then it is refunded.
+    """
+
+    outcome: Outcome
+    action: Action
+    reason: str = ""
+    wait_s: float | None = None
+    sent: bool = True
+
+
+# Codes that name their meaning, whatever the status (OpenAI's error reference; `*` ends a prefix or starts a suffix).
+ACCOUNT_CODES = (
+    "insufficient_quota",
+    "billing_hard_limit_reached",
+    "billing_not_active",
+    "credit_balance_exhausted",
+    "project_spend_limit_exceeded",
+    "account_deactivated",
+)
+RATE_CODES = ("rate_limit_exceeded", "slow_down")
+POOL_CODES = ("ip_not_authorized", "unsupported_country_region_territory")
+
+# Types, by name, so that neither openai nor an HTTP library need be imported to know them.
+NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
+TIMEOUTS = frozenset({"APITimeoutError", "ReadTimeout", "WriteTimeout", "TimeoutException"})
+CONNECTIONS = frozenset(
+    {"APIConnectionError", "ReadError", "WriteError", "RemoteProtocolError", "NetworkError", "CloseError", "ProxyError"}
+)
+LIBRARIES = ("openai", "httpx", "httpx2", "httpcore", "httpcore2", "stable_openai")
+HARMLESS = ("/chat/completions", "/embeddings", "/completions", "/moderations")
+
+
+def judge(error: BaseException) -> Verdict:
+    """The verdict of an exception that an attempt has raised."""
+    if not isinstance(error, Exception):
+        return Verdict("neutral", "raise")
+    status = getattr(error, "status_code", None)
+    response = getattr(error, "response", None)
+    if status is None and response is not None:
+        status = getattr(response, "status_code", None)
+    if not isinstance(status, int):
+        return _transport(error)
+    headers = getattr(response, "headers", None)
+    return verdict_of_response(
+        status,
+        headers if isinstance(headers, Mapping) else {},
+        getattr(error, "body", None),
+        code=getattr(error, "code", None),
+        message=str(error),
+    )
+
+
+def verdict_of_response(
+    status: int, headers: Mapping[str, str], body: object = None, *, code: object = None, message: str = ""
+) -> Verdict:
+    """The verdict of an HTTP response that is not a success.
+
+    Args:
+        body: the decoded body, or the `error` object inside it (as openai's exceptions hold it).
+    """
+    inner = body.get("error", body) if isinstance(body, Mapping) else None
+    details: Mapping[Any, Any] = inner if isinstance(inner, Mapping) else {}
+    code = code or details.get("code")
+    code = code if isinstance(code, str) else ""
+    wait_s = _wait(headers, str(details.get("message") or message))
+    stop = str(headers.get("x-should-retry", "")).lower() == "false"
+
+    if code in POOL_CODES:
+        return Verdict("neutral", "raise", code)
+    if code in ACCOUNT_CODES or re.fullmatch(r"organization_\w+_limit_exceeded", code):
+        return Verdict("account", "move", code)
+    if code == "model_not_found" and status in (403, 404):
+        return Verdict("model", "move", code)
+    if code in RATE_CODES and status in (429, 503):
+        # Asking for more than the whole limit says so in its type or message and cannot succeed later either.
+        return Verdict("neutral", "raise", code) if _too_large(details) else Verdict("limited", "move", code, wait_s)
+    if status == 402:
+        return Verdict("account", "move", "payment_required")
+    if status == 429:
+        return (
+            Verdict("neutral", "raise", "429")
+            if stop or _too_large(details)
+            else Verdict("limited", "move", "429", wait_s)
+        )
+    if status == 401:
+        shaped = bool(details.get("message")) and ("type" in details or "code" in details)
+        return Verdict("key", "move", "invalid_api_key") if shaped else Verdict("neutral", "raise", "401")
+    if stop:
+        return Verdict("neutral", "raise", str(status))
+    if status in (408, 409) or status >= 500:
+        return Verdict("failed", "retry", "5xx" if status >= 500 else str(status), wait_s)
+    return Verdict("neutral", "raise", str(status))
+
+
+def _too_large(details: Mapping[Any, Any]) -> bool:
+    return "request too large" in str(details.get("message", "")).lower()
+
+
+def _transport(error: Exception) -> Verdict:
+    """No response: a connection or a timeout, told by the types of the error and of what caused it."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain and len(chain) < 8:
+        chain.append(link)
+        link = link.__cause__
+    names = {
+        kind.__name__ for link in chain for kind in type(link).__mro__ if kind.__module__.partition(".")[0] in LIBRARIES
+    }
+    if not names & (NEVER_SENT | TIMEOUTS | CONNECTIONS):
+        return Verdict("neutral", "raise", type(error).__name__)
+    kind = "timeout" if names & TIMEOUTS else "connection"
+    if names & NEVER_SENT:
+        return Verdict("failed", "retry", kind, sent=False)
+    return Verdict("failed", "retry" if _harmless(error) else "raise", kind)
+
+
+def _harmless(error: Exception) -> bool:
+    """Whether doing the request twice does no harm; where it cannot be told, it does."""
+    try:
+        request = error.request  # type: ignore[attr-defined]
+        path = str(request.url.path).rstrip("/")
+        if path.endswith("/responses"):
+            return json.loads(request.content).get("store") is False
+        return (request.method == "POST" and path.endswith(HARMLESS)) or request.method == "GET"
+    except Exception:
+        return False
+
+
+def _wait(headers: Mapping[str, str], message: str) -> float | None:
+    """The wait in seconds that the server asks for: retry-after-ms, retry-after, "try again in 7m12s". Capped."""
+    wait: float | None = None
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            wait = float(headers.get(name, "")) / unit
+            break
+        except (TypeError, ValueError):
+            continue
+    if wait is None:
+        found = re.search(r"try again in ((?:[\d.]+(?:ms|[smhd]))+)", message)
+        if found:
+            units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+            parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smhd])", found.group(1))
+            wait = sum(float(number) * units[unit] for number, unit in parts) if parts else None
+    if wait is None or not 0 <= wait < float("inf"):
+        return None
+    return min(wait, LONGEST_WAIT_MS / 1000)
+
+
+def redact(error: BaseException) -> None:
+    """Overwrite the secrets in the headers of the requests that an exception and its chain hold, in place."""
+    seen: set[int] = set()
+    todo: list[Any] = [error]
+    while todo:
+        link = todo.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        for holder in (link, getattr(link, "response", None)):
+            headers = getattr(_request_of(holder), "headers", None)
+            for name in ("authorization", "api-key"):
+                try:
+                    if headers is not None and name in headers:
+                        headers[name] = "[redacted]"
+                except Exception:
+                    continue
+        todo += (link.__cause__, link.__context__)
+
+
+def _request_of(holder: object) -> object:
+    try:
+        return getattr(holder, "request", None)
+    except Exception:  # httpx raises where a response has no request
+        return None

@@ -1,0 +1,313 @@
+"""A worker: this process's presence in a pool.
+
+It knows the keys and their limits, numbers the leases, keeps those that are live for the heartbeat, and holds what
+is still to be settled. Its steps are generators that yield operations and do no I/O (see `_flow.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from stable_openai._keys import Key
+from stable_openai._limits import Limits, Quota, class_of, day_starts, quota, serves
+from stable_openai._line import Line
+from stable_openai._ops import (
+    Acquire,
+    Admin,
+    Answer,
+    Ask,
+    Closing,
+    Granted,
+    Inspect,
+    Member,
+    NotRegistered,
+    Register,
+    Registration,
+    Renew,
+    Settle,
+    Snapshot,
+)
+from stable_openai._verdict import Verdict
+from stable_openai.errors import BrokerUnavailable, ConfigurationError
+
+__all__ = ["Request", "Worker"]
+
+log = logging.getLogger("stable_openai.leases")
+
+LONGEST_HOLD_MS = 900_000
+BATCH = 200
+Steps = Generator[Any, Any, Any]
+
+
+class Request(NamedTuple):
+    """What a call asks for: the model ("-": none), the tokens it reserves, how long it is willing to wait in s."""
+
+    model: str
+    tokens: int
+    max_wait: float
+    wanted: tuple[str, ...] = ()
+
+
+class Worker:
+    def __init__(
+        self,
+        pool: str,
+        keys: Sequence[Key],
+        limits: Limits,
+        classes: Mapping[str, Limits],
+        *,
+        ttl_s: float,
+        headroom_s: float,
+        on_redis_down: str,
+    ) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.classes = dict(classes)
+        self.ttl_ms = round(ttl_s * 1000)
+        self.headroom_s = headroom_s
+        self.on_redis_down = on_redis_down
+        self.warn_once = False
+        self.hold(keys)
+        self.begin_life()
+
+    def begin_life(self) -> None:
+        """A new name and no leases; in a forked child too, which is another worker."""
+        self.id = os.urandom(8).hex()
+        self._numbers = itertools.count(1)
+        self._registered: set[str] = set()
+        self.line = Line()
+        self.live: dict[str, tuple[Registration, float]] = {}
+        self.pending: deque[tuple[Registration, Closing]] = deque()
+        self.tasks: set[Any] = set()
+
+    def hold(self, keys: Sequence[Key]) -> None:
+        """Hold these keys from now on. Raises ConfigurationError where keys of one account disagree on its limits."""
+        declared: dict[str, Key] = {}
+        for key in keys:
+            first = declared.setdefault(key.account, key)
+            if (first.limits or Limits()) != (key.limits or Limits()):
+                raise ConfigurationError(
+                    "limits", f"the keys {first.name} and {key.name} share an account but differ in limits"
+                )
+        self.keys = {key.fingerprint: key for key in keys}
+        self._by_model: dict[str, Registration] = {}
+        self._needs_tokens: dict[str, bool] = {}
+
+    def registration(self, model: str) -> Registration:
+        """The keys that serve a model, with the limits of its class: a ring of their own where not all of them do."""
+        found = self._by_model.get(model)
+        if found is None:
+            found = self._by_model[model] = self._register_for(model)
+        return found
+
+    def _register_for(self, model: str) -> Registration:
+        name = class_of(model, self.classes)
+        of_class = self.classes.get(name)
+        declared = self.limits if of_class is None else of_class.over(self.limits)
+        quotas: list[Quota] = [quota(declared, self.headroom_s)]
+        accounts: dict[str, list[Key]] = {}
+        for key in self.keys.values():
+            if serves(key.models, model):
+                accounts.setdefault(key.account, []).append(key)
+        if not accounts:
+            raise ConfigurationError("model", f"{model!r} is served by no key of pool {self.pool!r}; see Key(models=)")
+        members = []
+        for account, keys in accounts.items():
+            mine = quota(keys[0].limits.over(declared), self.headroom_s) if keys[0].limits else quotas[0]
+            if mine not in quotas:
+                quotas.append(mine)
+            weighted = tuple((key.fingerprint, key.weight) for key in keys)
+            members.append(Member(account, quotas.index(mine), sum(key.weight for key in keys), weighted))
+        return Registration(self.pool, name, quotas, members)
+
+    def counts_tokens(self, model: str) -> bool:
+        """Whether the limits of the model's class count tokens: otherwise nobody need estimate them."""
+        known = self._needs_tokens.get(model)
+        if known is None:
+            quotas = self.registration(model).quotas
+            known = self._needs_tokens[model] = any(quota[10] or quota[14] for quota in quotas)
+        return known
+
+    def next_id(self) -> str:
+        return f"{self.id}:{next(self._numbers)}"
+
+    def register(self, to: Registration) -> Steps:
+        now_ms = time.time_ns() // 1_000_000
+        days = {zone: day_starts(zone, now_ms) for zone in to.zones}
+        _, reply = yield Register(to, self.id, days)
+        self._registered.add(to.ring)
+        if reply.moved:
+            log.info("limits.changed pool=%s class=%s accounts=%d", self.pool, to.model_class, reply.moved)
+
+    def acquire(self, request: Request, avoid: tuple[str, ...] = ()) -> Generator[Any, Any, tuple[float, Answer]]:
+        """Ask once for a lease."""
+        if self.warn_once:
+            self._warn()
+        if self.pending:
+            yield from self.flush()
+        to = self.registration(request.model)
+        if to.ring not in self._registered:
+            yield from self.register(to)
+        ask = Ask(self.next_id(), request.tokens, request.model, avoid, request.wanted)
+        op = Acquire(to, self.ttl_ms, (ask,))
+        now, answers = yield op
+        if type(answers) is NotRegistered:
+            yield from self.register(to)
+            now, answers = yield op
+            if type(answers) is NotRegistered:
+                raise BrokerUnavailable("the store forgets what is registered; is it evicting keys?")
+        answer = answers[0]
+        if type(answer) is Granted:
+            self.live[answer.id] = (to, now)
+            heartbeat.watch(self)
+        return now, answer
+
+    def settle(
+        self, request: Request, lease: Granted, outcome: str, detail: str = "", tokens: int | None = None
+    ) -> Generator[Any, Any, str]:
+        """Close a lease; what cannot be closed now is closed with the next operation. Returns the store's advice."""
+        closing = self._closing(request, lease, outcome, detail, tokens)
+        to = self._forget(request, lease)
+        try:
+            _, replies = yield Settle(to, self.ttl_ms, (closing,))
+        except BrokerUnavailable:
+            log.warning("settle.deferred pool=%s lease=%s", self.pool, lease.id)
+            self._defer(to, closing)
+            return ""
+        self.line.wake()
+        if replies[0].code == 1:
+            log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, lease.id, self.label(lease.key))
+        return str(replies[0].advice)
+
+    def abandon(self, request: Request, lease: Granted, outcome: str, tokens: int | None = None) -> None:
+        """Close a lease from a finaliser: the closing is only queued."""
+        self._defer(self._forget(request, lease), self._closing(request, lease, outcome, "", tokens))
+
+    def _forget(self, request: Request, lease: Granted) -> Registration:
+        live = self.live.pop(lease.id, None)
+        return live[0] if live else self.registration(request.model)
+
+    def _closing(self, request: Request, lease: Granted, outcome: str, detail: str, tokens: int | None) -> Closing:
+        jitter = random.random() if outcome == "limited" else 0.0
+        return Closing(lease.id, lease.account, lease.key, request.model, outcome, tokens, detail, jitter)
+
+    def _defer(self, to: Registration, closing: Closing) -> None:
+        self.pending.append((to, closing))
+        heartbeat.watch(self)
+
+    def flush(self) -> Steps:
+        """Settle what is pending."""
+        while self.pending:
+            to = self.pending[0][0]
+            batch: list[Closing] = []
+            while self.pending and len(batch) < BATCH and self.pending[0][0] is to:
+                batch.append(self.pending.popleft()[1])
+            try:
+                yield Settle(to, self.ttl_ms, tuple(batch))
+            except BrokerUnavailable:
+                self.pending.extendleft((to, closing) for closing in reversed(batch))
+                return
+            self.line.wake()
+
+    def renew(self, now: float) -> Steps:
+        """Extend the leases that were granted or renewed a third of their ttl ago."""
+        old: dict[str, tuple[Registration, list[str]]] = {}
+        for id, (to, since) in tuple(self.live.items()):
+            if now - since >= self.ttl_ms / 3000:
+                old.setdefault(to.ring, (to, []))[1].append(id)
+        for to, ids in old.values():
+            for first in range(0, len(ids), BATCH):
+                batch = ids[first : first + BATCH]
+                _, renewed = yield Renew(to, self.ttl_ms, LONGEST_HOLD_MS, tuple(batch))
+                for id, alive in zip(batch, renewed):
+                    if alive and id in self.live:
+                        self.live[id] = (to, now)
+                    elif self.live.pop(id, None):
+                        log.warning("lease.lost pool=%s lease=%s", self.pool, id)
+
+    def inspect_registration(self, to: Registration) -> Generator[Any, Any, tuple[Registration, Snapshot]]:
+        if to.ring not in self._registered:
+            yield from self.register(to)
+        _, snapshot = yield Inspect(to, self.ttl_ms)
+        return to, snapshot
+
+    def registrations(self) -> list[Registration]:
+        """Those that have been used, one for each class."""
+        return list({to.model_class: to for to in tuple(self._by_model.values())}.values())
+
+    def why_out(self, request: Request) -> Generator[Any, Any, dict[str, str] | None]:
+        """Why every key that serves the model is out, by label; None where one is not."""
+        to, snapshot = yield from self.inspect_registration(self.registration(request.model))
+        why = {}
+        for member in to.members:
+            account = snapshot.accounts[member.account]
+            for fingerprint, _ in member.keys:
+                key = snapshot.keys[fingerprint]
+                reason = (
+                    "disabled"
+                    if key.disabled_ms
+                    else key.reason
+                    if key.out_ms
+                    else account.reason
+                    if account.out_ms
+                    else ""
+                )
+                if not reason:
+                    return None
+                why[self.label(fingerprint)] = reason
+        return why
+
+    def admin(self, verb: str, key: Key, ms: int | None = None) -> Steps:
+        """disable, enable or reset a key in the whole pool."""
+        classes = tuple(to.model_class for to in self.registrations())
+        op = Admin(self.pool, verb, key.fingerprint, key.account, ms, classes)
+        _, done = yield op
+        if not done:
+            yield from self.register(self.registration("-"))
+            yield op
+        log.info("key.%s pool=%s key=%s", verb, self.pool, key.name)
+        self.line.wake()
+
+    def note(self, lease: Granted, verdict: Verdict, advice: str) -> None:
+        """Say what an error did to the key that it came with."""
+        if advice == "fault":
+            log.error("pool.fault pool=%s reason=%s: all keys fail alike, none is put out", self.pool, verdict.reason)
+        elif advice == "out":
+            log.warning(
+                "key.out pool=%s key=%s scope=%s reason=%s",
+                self.pool,
+                self.label(lease.key),
+                verdict.outcome,
+                verdict.reason,
+            )
+        elif verdict.outcome != "neutral":
+            log.info(
+                "attempt.%s pool=%s key=%s reason=%s", verdict.outcome, self.pool, self.label(lease.key), verdict.reason
+            )
+
+    def label(self, fingerprint: str) -> str:
+        key = self.keys.get(fingerprint)
+        return key.name if key else fingerprint
+
+    def _warn(self) -> None:
+        self.warn_once = False
+        log.warning(
+            "memory.forked pool=%s: the limits are kept in memory, by each process for itself; give redis= to share them",
+            self.pool,
+        )
+
+
+def runs_under_a_forking_server() -> bool:
+    """Whether this process was started as a Celery or gunicorn worker, which are one of several."""
+    return os.path.basename(sys.argv[0] if sys.argv else "") in ("celery", "gunicorn")
+
+
+from stable_openai._heartbeat import heartbeat  # noqa: E402  (it names Worker only in its types)

@@ -1,0 +1,602 @@
+"""The broker in memory, for one process: the twin of the Lua scripts.
+
+The same operations give the same replies, proved by random sequences in tests/test_twins.py; the names are those of
+lua/prelude.lua. One mutex guards the whole, since every operation is short.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from typing import Any
+
+from stable_openai._limits import METERS, Quota
+from stable_openai._ops import (
+    AccountRow,
+    Acquire,
+    Admin,
+    Answer,
+    Ask,
+    Closing,
+    Gone,
+    Granted,
+    Inspect,
+    KeyRow,
+    Member,
+    NotRegistered,
+    Refused,
+    Register,
+    Registered,
+    Renew,
+    Settle,
+    Settled,
+    Snapshot,
+    TooLarge,
+)
+from stable_openai.backends.meters import POLL, Bucket, Calendar, Meter, make_meter
+from stable_openai.backends.scopes import KeyScope, Scope, Verdicts
+
+__all__ = ["MemoryBackend"]
+
+NEVER = 2**52
+EXAMINED = 16
+LIVE, EXPIRED, TOMB = 1, 2, 3
+
+
+class Index:
+    """Names in the order of their scores, as in a sorted set."""
+
+    __slots__ = ("order", "scores")
+
+    def __init__(self) -> None:
+        self.scores: dict[str, float] = {}
+        self.order: list[tuple[float, str]] = []
+
+    def put(self, name: str, score: float) -> None:
+        old = self.scores.get(name)
+        if old is not None:
+            del self.order[bisect_left(self.order, (old, name))]
+        self.scores[name] = score
+        insort(self.order, (score, name))
+
+    def drop(self, name: str) -> None:
+        old = self.scores.pop(name, None)
+        if old is not None:
+            del self.order[bisect_left(self.order, (old, name))]
+
+    def zero(self) -> None:
+        self.scores = dict.fromkeys(self.scores, 0)
+        self.order = [(0, name) for name in sorted(self.scores)]
+
+
+class Ring:
+    __slots__ = ("index", "members", "seen")
+
+    def __init__(self, seen: int) -> None:
+        self.seen = seen
+        self.members: dict[str, Member] = {}
+        self.index = Index()
+
+
+class Account:
+    __slots__ = ("cooldown", "held", "live", "meters", "quota", "refusals", "since", "turn")
+
+    def __init__(self, quota: Quota, pool: Pool) -> None:
+        self.quota = quota
+        self.live = self.held = self.cooldown = self.refusals = self.since = self.turn = 0
+        self.meters: list[Meter | None] = [make_meter(quota, number, pool) for number in range(4)]
+
+
+class Lease:
+    __slots__ = ("account", "expires", "granted", "key", "probe", "state", "tokens")
+
+    def __init__(
+        self, state: int, tokens: int, granted: int, expires: int, probe: bool, account: str, key: str
+    ) -> None:
+        self.state, self.tokens, self.granted, self.expires = state, tokens, granted, expires
+        self.probe, self.account, self.key = probe, account, key
+
+
+class ModelClass:
+    """What the pool knows of one class of models."""
+
+    def __init__(self, usual: Quota) -> None:
+        self.usual = usual
+        self.quotas: dict[str, Quota] = {}
+        self.rings: dict[str, Ring] = {}
+        self.accounts: dict[str, Account] = {}
+        self.leases: dict[str, Lease] = {}
+        self.expiry = Index()
+        self.due: int | None = None
+        self.served: dict[str, list[str]] = {}
+
+    def look(self, name: str, pool: Pool) -> Account:
+        """The account; a new one, that is not kept, where nothing has been charged to it so far."""
+        return self.accounts.get(name) or Account(self.quotas.get(name) or self.usual, pool)
+
+    def touch(self, name: str, pool: Pool) -> Account:
+        """The account, to be changed."""
+        account = self.accounts.get(name)
+        if account is None:
+            account = self.accounts[name] = Account(self.quotas.get(name) or self.usual, pool)
+        return account
+
+    def watch(self, id: str, at: int) -> None:
+        self.expiry.put(id, at)
+        if self.due is None or at < self.due:
+            self.due = at
+
+
+class Pool:
+    """The clock, and what is out."""
+
+    def __init__(self, epoch: str, base: int) -> None:
+        self.epoch = epoch
+        self.base = base
+        self.now = 0
+        self.last = 0
+        self.back: int | None = None
+        self.revision = 0
+        self.days: dict[str, list[int]] = {}
+        self.stale_days = False
+        self.accounts: dict[str, Scope] = {}
+        self.keys: dict[str, KeyScope] = {}
+        self.breaker: Scope | None = None
+        self.auth: dict[str, tuple[int, str]] = {}
+        self.classes: dict[str, ModelClass] = {}
+
+    def tick(self, raw: int) -> None:
+        now = raw - self.base
+        if now >= self.last:
+            if self.back is not None or now - self.last >= 1000:
+                self.last, self.back = now, None
+        else:
+            now = self.last
+            if self.back is None or raw < self.back:
+                self.back = raw
+            elif raw - self.back >= 60_000:
+                self.base, self.back = raw - now, None
+        self.now = now
+
+    def window(self, period: int, zone: str) -> Callable[[int], tuple[int, int] | None]:
+        """The calendar's window at a time: its start and end in epoch ms; None when its days are not registered."""
+
+        def minute(at: int) -> tuple[int, int] | None:
+            start = (at + self.base) // period * period
+            return start, start + period
+
+        def day(at: int) -> tuple[int, int] | None:
+            days = self.days.get(zone, [])
+            for start, finish in itertools.pairwise(days):
+                if start <= at + self.base < finish:
+                    return start, finish
+            self.stale_days = self.stale_days or at == self.now
+            return None
+
+        return minute if period else day
+
+    def opens(self, scope: Scope | None) -> int | None:
+        if scope is None or not scope.until:
+            return 0
+        return None if scope.probe and scope.probe_until > self.now else scope.until
+
+    def key_opens(self, key: str, model: str) -> tuple[int, str, bool]:
+        scope = self.keys.get(key)
+        if scope is None:
+            return 0, "", False
+        if scope.disabled == -1:
+            return self.now + POLL, "disabled", True
+        open_at, why, loose = self.opens(scope), scope.reason, False
+        if open_at is None:
+            open_at, loose = self.now + POLL, True
+        if scope.disabled and scope.disabled > open_at:
+            open_at, why, loose = scope.disabled, "disabled", False
+        missing = scope.models.get(model, 0)
+        if missing > open_at:
+            open_at, why, loose = missing, "model_not_found", False
+        return open_at, why, loose
+
+    def key_of(self, member: Member, turn: int, model: str) -> tuple[str, int, str, bool]:
+        keys = member.keys
+        if len(keys) == 1:
+            return (keys[0][0], *self.key_opens(keys[0][0], model))
+        place, start = turn % member.weight, 0
+        while place >= keys[start][1]:
+            place, start = place - keys[start][1], start + 1
+        best: tuple[str, int, str, bool] | None = None
+        for i in range(start, start + min(len(keys), EXAMINED)):
+            key = keys[i % len(keys)][0]
+            found = (key, *self.key_opens(key, model))
+            if best is None or found[1] < best[1]:
+                best = found
+            if found[1] <= self.now:
+                break
+        assert best is not None
+        return best
+
+
+class MemoryBackend:
+    """Runs the broker's operations in this process.
+
+    Args:
+        clock: the time in ms since 1970; tests hand in their own.
+    """
+
+    local = True
+
+    def __init__(self, clock: Callable[[], int] | None = None) -> None:
+        self._clock = clock or (lambda: time.time_ns() // 1_000_000)
+        self._mutex = threading.Lock()
+        self._pool: Pool | None = None
+        self._verbs: dict[type, Callable[[Any], Any]] = {
+            Acquire: self._acquire,
+            Settle: self._settle,
+            Renew: self._renew,
+            Register: self._register,
+            Inspect: self._inspect,
+            Admin: self._admin,
+        }
+
+    def run(self, op: Any) -> Any:
+        with self._mutex:
+            if self._pool is not None:
+                self._pool.tick(self._clock())
+            return self._verbs[type(op)](op)
+
+    async def arun(self, op: Any) -> Any:
+        return self.run(op)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    async def aclose(self) -> None:
+        """Nothing is held open."""
+
+    def after_fork(self) -> None:
+        self._mutex = threading.Lock()
+
+    def _register(self, op: Register) -> Registered:
+        pool, to = self._pool, op.to
+        if pool is None:
+            pool = self._pool = Pool(op.epoch, self._clock())
+        pool.days.update(op.days)
+        known = pool.classes.get(to.model_class)
+        if known is None:
+            known = pool.classes[to.model_class] = ModelClass(to.quotas[0])
+        moved = 0
+        ring = known.rings.setdefault(to.ring, Ring(pool.revision))
+        for member in to.members:
+            name, quota = member.account, to.quotas[member.quota]
+            if known.quotas.get(name, known.usual) != quota:
+                if name in known.accounts:
+                    self._carry(known.accounts[name], quota, pool)
+                moved += 1
+                if quota == known.usual:
+                    known.quotas.pop(name, None)
+                else:
+                    known.quotas[name] = quota
+            ring.members[name] = member
+            if name not in ring.index.scores:
+                ring.index.put(name, 0)
+        if moved:
+            pool.revision += 1
+        ring.seen = pool.revision
+        return Registered(pool.epoch, moved)
+
+    @staticmethod
+    def _carry(account: Account, quota: Quota, pool: Pool) -> None:
+        """A changed limit keeps the level, clamped to the new capacity; another rule starts with what was used."""
+        for number, old in enumerate(account.meters):
+            new = make_meter(quota, number, pool)
+            taken = math.ceil(old.used(pool.now)) if old else 0
+            if isinstance(old, Bucket) and isinstance(new, Bucket):
+                old.charge(0, pool.now)
+                new.level, new.at = min(old.level, new.capacity), old.at
+            elif old and type(old) is type(new) and not (isinstance(old, Calendar) and account.quota[-1] != quota[-1]):
+                for kept in ("sum", "entries", "taken", "start"):
+                    if hasattr(old, kept):
+                        setattr(new, kept, getattr(old, kept))
+            elif new and taken > 0:
+                new.charge(taken, pool.now)
+            account.meters[number] = new
+        account.quota = quota
+
+    def _reap(self, known: ModelClass, ttl: int) -> None:
+        pool = self._pool
+        assert pool is not None
+        if known.due is None or pool.now < known.due:
+            return
+        due = [id for at, id in known.expiry.order[:100] if at <= pool.now]
+        for id in due:
+            self._expire(known, id, ttl)
+        known.due = int(known.expiry.order[0][0]) if known.expiry.order else NEVER
+
+    def _expire(self, known: ModelClass, id: str, ttl: int) -> None:
+        pool = self._pool
+        assert pool is not None
+        lease = known.leases.get(id)
+        if lease and lease.state == LIVE:
+            self._close(known, lease, lease.tokens)
+            lease.state = EXPIRED
+            known.expiry.put(id, pool.now + 2 * ttl)
+        else:
+            known.leases.pop(id, None)
+            known.expiry.drop(id)
+
+    def _close(self, known: ModelClass, lease: Lease, tokens: int) -> Account:
+        pool = self._pool
+        assert pool is not None
+        account = known.touch(lease.account, pool)
+        account.live = max(0, account.live - 1)
+        if account.quota[1]:
+            account.held = max(0, account.held - lease.tokens)
+            for meter in account.meters[2:]:
+                if meter:
+                    meter.charge(tokens, pool.now)
+        return account
+
+    def _earliest(self, account: Account, tokens: int) -> tuple[int, str, bool]:
+        """When the meters admit a request of so many tokens, what stands in the way, and whether that has no time."""
+        now = self._pool.now  # type: ignore[union-attr]
+        at, why, loose = now, "", False
+        quota = account.quota
+        if account.cooldown > at:
+            at, why = account.cooldown, "cooldown"
+        while True:
+            before, calendar = at, False
+            for number, meter in enumerate(account.meters):
+                if meter is None:
+                    continue
+                n, held = (1, 0) if number < 2 else (tokens, account.held if quota[1] else 0)
+                if n > meter.limit:
+                    return NEVER, METERS[number], False
+                time = meter.ready(n, held, at)
+                if time is None:
+                    if not loose:
+                        at, why, loose = max(at, now + POLL), METERS[number], True
+                elif time > at:
+                    at, why = time, METERS[number]
+                calendar = calendar or type(meter) is Calendar
+            if at == before or not calendar:
+                break
+        if quota[0] and account.live >= quota[0]:
+            if at < now + POLL:
+                at, why = now + POLL, "concurrency"
+            loose = True
+        return at, why, loose
+
+    def _acquire(self, op: Acquire) -> NotRegistered | list[Answer]:
+        pool, to = self._pool, op.to
+        known = pool.classes.get(to.model_class) if pool else None
+        ring = known.rings.get(to.ring) if known else None
+        if pool is None or known is None or ring is None:
+            return NotRegistered()
+        if known.due is not None and pool.now >= known.due:
+            self._reap(known, op.ttl_ms)
+        if ring.seen != pool.revision:
+            ring.index.zero()
+            ring.seen = pool.revision
+        pool.stale_days = False
+        answers = [self._serve(pool, known, ring, ask, op.ttl_ms) for ask in op.asks]
+        return NotRegistered() if pool.stale_days else answers
+
+    def _judge(
+        self, pool: Pool, known: ModelClass, member: Member, tokens: int, model: str
+    ) -> tuple[int, str, bool, str]:
+        account = known.look(member.account, pool)
+        at, why, loose = self._earliest(account, tokens)
+        if pool.accounts:
+            out = pool.accounts.get(member.account)
+            if out:
+                open_at = pool.opens(out)
+                if open_at is None:
+                    at, why, loose = max(at, pool.now + POLL), out.reason, True
+                elif open_at > at:
+                    at, why = open_at, out.reason
+        key, open_at, key_why, key_loose = pool.key_of(member, account.turn, model)
+        if open_at > at:
+            at, why = open_at, key_why
+        return at, why, loose or key_loose, key
+
+    def _serve(self, pool: Pool, known: ModelClass, ring: Ring, ask: Ask, ttl: int) -> Answer:
+        lease = known.leases.get(ask.id)
+        if lease:
+            return Granted(ask.id, lease.key, lease.account) if lease.state == LIVE else Gone()
+        now = pool.now
+        if pool.breaker:
+            open_at = pool.opens(pool.breaker)
+            if open_at is None:
+                return Refused(POLL, pool.breaker.reason, False)
+            if open_at > now:
+                return Refused(open_at - now, pool.breaker.reason, True)
+        best, why, loose, bounded, last = NEVER, "", False, False, 0.0
+        first_try = True
+        candidates = [(score, name) for name in ask.wanted if (score := ring.index.scores.get(name)) is not None]
+        candidates += ring.index.order[:EXAMINED]
+        for avoided in (False, True) if ask.avoid else (False,):
+            for at, account_name in candidates:
+                if at > now and at >= best:
+                    bounded = True
+                    break
+                last = max(last, at)
+                if (account_name in ask.avoid) != avoided:
+                    continue
+                member = ring.members[account_name]
+                time, reason, vague, key = self._judge(pool, known, member, ask.tokens, ask.model)
+                if time <= now:
+                    return self._grant(pool, known, ring, ask, member, key, at, ttl)
+                if time < best or first_try:
+                    best, why, loose, first_try = time, reason, vague, False
+                small = self._judge(pool, known, member, 0, "")[0]
+                if small > now:
+                    ring.index.put(account_name, small)
+                elif len(ring.index.order) >= EXAMINED:
+                    ring.index.put(account_name, self._back(pool, known.look(account_name, pool)))
+            else:
+                bounded = bounded or len(ring.index.order) < EXAMINED
+        if not bounded:
+            return Refused(math.floor(max(0, min(best, last) - now)), why, False)
+        if best == NEVER:
+            return TooLarge(why)
+        return Refused(best - now, why, not loose)
+
+    @staticmethod
+    def _back(pool: Pool, account: Account) -> float:
+        return pool.now - 1 + account.turn % 1000 / 1000
+
+    def _grant(
+        self, pool: Pool, known: ModelClass, ring: Ring, ask: Ask, member: Member, key: str, before: float, ttl: int
+    ) -> Granted:
+        name, now = member.account, pool.now
+        account = known.touch(name, pool)
+        by_use = account.quota[1]
+        for number, meter in enumerate(account.meters):
+            if meter and (number < 2 or not by_use):
+                meter.charge(ask.tokens if number > 1 else 1, now)
+        if by_use:
+            account.held += ask.tokens
+        account.live += 1
+        account.turn += 1
+        expires, probe = now + ttl, False
+        for scope in (pool.breaker, pool.accounts.get(name), pool.keys.get(key)):
+            if scope and scope.until:
+                scope.probe, scope.probe_until, probe = ask.id, expires, True
+        known.leases[ask.id] = Lease(LIVE, ask.tokens, now, expires, probe, name, key)
+        known.watch(ask.id, expires)
+        at = self._earliest(account, 0)[0]
+        if at > now:
+            ring.index.put(name, at)
+        elif before > now or account.turn % member.weight == 0:
+            ring.index.put(name, self._back(pool, account))
+        return Granted(ask.id, key, name)
+
+    def _settle(self, op: Settle) -> list[Settled]:
+        pool, to = self._pool, op.to
+        known = pool.classes.get(to.model_class) if pool else None
+        if pool is None or known is None:
+            return [Settled(2, "") for _ in op.closings]
+        self._reap(known, op.ttl_ms)
+        ring = known.rings.get(to.ring)
+        index = ring.index if ring else Index()
+        return [self._close_lease(pool, known, index, closing, op.ttl_ms) for closing in op.closings]
+
+    def _close_lease(self, pool: Pool, known: ModelClass, index: Index, closing: Closing, ttl: int) -> Settled:
+        lease = known.leases.get(closing.id)
+        if lease is None or lease.state == TOMB:
+            if lease is None:
+                known.leases[closing.id] = Lease(TOMB, 0, 0, 0, False, "", "")
+                known.watch(closing.id, pool.now + 2 * ttl)
+            return Settled(2, "")
+        if lease.state == LIVE and lease.expires <= pool.now:
+            self._expire(known, closing.id, ttl)
+        closing = closing._replace(account=lease.account, key=lease.key)
+        late = lease.state == EXPIRED
+        if not late:
+            self._count(pool, known, index, lease, closing)
+        elif closing.tokens is not None and closing.tokens > lease.tokens:
+            account = known.touch(lease.account, pool)
+            for meter in account.meters[2:]:
+                if meter:
+                    meter.amend(closing.tokens - lease.tokens, lease.granted, pool.now)
+        del known.leases[closing.id]
+        known.expiry.drop(closing.id)
+        return Settled(int(late), Verdicts(pool, known, len(index.order)).conclude(closing, lease))
+
+    def _count(self, pool: Pool, known: ModelClass, index: Index, lease: Lease, closing: Closing) -> None:
+        unsent, tokens = closing.outcome == "unsent", closing.tokens
+        account = known.touch(lease.account, pool)
+        quota = account.quota
+        sooner = unsent or (quota[0] and account.live >= quota[0]) or account.held > 0
+        self._close(known, lease, 0 if unsent else lease.tokens if tokens is None else tokens)
+        for number, meter in enumerate(account.meters):
+            if meter is None or (number > 1 and quota[1]):
+                continue
+            if unsent:
+                meter.amend(-lease.tokens if number > 1 else -1, lease.granted, pool.now)
+            elif number > 1 and tokens is not None and tokens > lease.tokens:
+                meter.amend(tokens - lease.tokens, lease.granted, pool.now)
+        if sooner:
+            at = self._earliest(account, 0)[0]
+            at = 0 if at <= pool.now else at
+            if at < index.scores.get(lease.account, -1):
+                index.put(lease.account, at)
+
+    def _renew(self, op: Renew) -> list[bool]:
+        pool = self._pool
+        known = pool.classes.get(op.to.model_class) if pool else None
+        if pool is None or known is None:
+            return [False for _ in op.ids]
+        self._reap(known, op.ttl_ms)
+        renewed = []
+        for id in op.ids:
+            lease = known.leases.get(id)
+            if lease and lease.state == LIVE and lease.expires <= pool.now:
+                self._expire(known, id, op.ttl_ms)
+            alive = lease is not None and lease.state == LIVE
+            if lease and alive:
+                lease.expires = max(lease.expires, min(pool.now + op.ttl_ms, lease.granted + op.longest_ms))
+                known.watch(id, lease.expires)
+                if lease.probe:
+                    for scope in (pool.breaker, pool.accounts.get(lease.account), pool.keys.get(lease.key)):
+                        if scope and scope.probe == id:
+                            scope.probe_until = lease.expires
+            renewed.append(alive)
+        return renewed
+
+    def _inspect(self, op: Inspect) -> Snapshot:
+        pool, to = self._pool, op.to
+        known = pool.classes.get(to.model_class) if pool else None
+        if pool and known:
+            self._reap(known, op.ttl_ms)
+        now = pool.now if pool else 0
+
+        def left(at: float) -> int:
+            return int(max(0, at - now))
+
+        breaker = pool.breaker if pool else None
+        accounts = {}
+        for member in to.members:
+            name = member.account
+            out = pool.accounts.get(name) if pool else None
+            out_ms, reason = (left(out.until), out.reason) if out else (0, "")
+            if pool is None or known is None:
+                accounts[name] = AccountRow(0, 0, 0, out_ms, reason, {})
+                continue
+            account = known.look(name, pool)
+            meters = {
+                METERS[number]: (float(meter.used(now)), meter.limit)
+                for number, meter in enumerate(account.meters)
+                if meter
+            }
+            accounts[name] = AccountRow(account.live, account.held, left(account.cooldown), out_ms, reason, meters)
+        keys = {}
+        for key in to.fingerprints:
+            scope = pool.keys.get(key) if pool else None
+            if scope is None:
+                keys[key] = KeyRow(0, "", 0, 0)
+            else:
+                disabled = -1 if scope.disabled == -1 else left(scope.disabled)
+                keys[key] = KeyRow(left(scope.until), scope.reason, scope.failures, disabled)
+        return Snapshot(breaker.reason if breaker else "", left(breaker.until) if breaker else 0, accounts, keys)
+
+    def _admin(self, op: Admin) -> bool:
+        pool = self._pool
+        if pool is None:
+            return False
+        if op.verb == "disable":
+            scope = pool.keys.setdefault(op.key, KeyScope())
+            scope.disabled = -1 if op.ms is None else pool.now + op.ms
+        else:
+            pool.keys.pop(op.key, None)
+            pool.accounts.pop(op.account, None)
+            for name in op.classes if op.verb == "reset" else ():
+                known = pool.classes.get(name)
+                account = known.accounts.get(op.account) if known else None
+                if account:
+                    account.cooldown = account.refusals = account.since = 0
+        pool.revision += 1
+        return True

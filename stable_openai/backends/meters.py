@@ -1,0 +1,171 @@
+"""How much of a limit is used, under each window rule: the twin of lua/meters.lua, in the same arithmetic.
+
+A meter is made for one account from four numbers of its quota (see `_limits.quota`). All times are milliseconds
+since the pool's base. `ready` says when the meter admits `n` more beside what is `held`: a time (0: at once), or
+None where that has no time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from stable_openai._limits import BUCKET, SLIDING, Quota
+
+__all__ = ["POLL", "Bucket", "Calendar", "Meter", "Sliding", "make_meter"]
+
+POLL = 5000
+LOG = 100
+Window = Callable[[int], tuple[int, int] | None]
+
+
+class Bucket:
+    """Refilled continuously; full at first."""
+
+    __slots__ = ("at", "capacity", "level", "limit", "rate")
+
+    def __init__(self, limit: int, rate: float, capacity: int, now: int) -> None:
+        self.limit, self.rate, self.capacity = limit, rate, capacity
+        self.level: float = capacity
+        self.at = now
+
+    def ready(self, n: int, held: int, at: int) -> int | None:
+        need = n + held
+        if need > self.capacity:
+            if held > 0:
+                return None
+            need = self.capacity
+        if self.level >= need:
+            return 0
+        return self.at + math.ceil((need - self.level) / self.rate)
+
+    def charge(self, n: float, now: int) -> None:
+        level = self.level
+        if now > self.at:
+            level, self.at = level + (now - self.at) * self.rate, now
+        self.level = (min(self.capacity, level)) - n
+
+    def amend(self, n: float, granted: int, now: int) -> None:
+        if n < 0:
+            n = -max(0, -n - self.rate * max(0, now - granted))
+        self.charge(n, now)
+        self.level = min(self.capacity, self.level)
+
+    def used(self, now: int) -> float:
+        """What is used of the limit now; looking changes nothing."""
+        return self.capacity - min(self.capacity, self.level + max(0, now - self.at) * self.rate)
+
+
+class Sliding:
+    """An exact log up to 100 entries; beyond that an entry's time is the end of its slot."""
+
+    __slots__ = ("entries", "limit", "period", "slot", "sum")
+
+    def __init__(self, limit: int, period: int, slot: int, now: int) -> None:
+        self.limit, self.period, self.slot = limit, period, slot
+        self.sum = 0
+        self.entries: list[list[int]] = []
+
+    def ready(self, n: int, held: int, at: int) -> int | None:
+        if n + held > self.limit:
+            return None
+        over = self.sum + n + held - self.limit
+        if over <= 0:
+            return 0
+        for time, amount in self.entries:
+            over -= amount
+            if over <= 0:
+                return time + self.period
+        raise AssertionError("what is used is more than its entries")
+
+    def _prune(self, now: int) -> list[list[int]]:
+        entries = self.entries
+        gone = 0
+        for time, amount in entries:
+            if time + self.period > now:
+                break
+            self.sum -= amount
+            gone += 1
+        if gone:
+            del entries[:gone]
+        return entries
+
+    def charge(self, n: int, now: int) -> None:
+        entries = self._prune(now)
+        if n == 0:
+            return
+        at = now if len(entries) < LOG else math.ceil(now / self.slot) * self.slot
+        self.sum += n
+        if entries and entries[-1][0] >= at:
+            entries[-1][1] += n
+        else:
+            entries.append([at, n])
+
+    def amend(self, n: int, granted: int, now: int) -> None:
+        for entry in self._prune(now):
+            if entry[0] >= granted:
+                amended = max(0, entry[1] + n)
+                self.sum += amended - entry[1]
+                entry[1] = amended
+                return
+
+    def used(self, now: int) -> float:
+        return sum(amount for time, amount in self.entries if time + self.period > now)
+
+
+class Calendar:
+    """Reset at the full minute, or at midnight; grants nothing so close to a boundary that it may arrive after it."""
+
+    __slots__ = ("headroom", "limit", "pool", "start", "taken", "window")
+
+    def __init__(self, limit: int, headroom: int, window: Window, pool: Any, now: int) -> None:
+        self.limit, self.headroom, self.window, self.pool = limit, headroom, window, pool
+        self.taken = 0
+        current = window(now)
+        self.start = current[0] if current else 0
+
+    def ready(self, n: int, held: int, at: int) -> int | None:
+        if n + held > self.limit:
+            return None
+        current = self.window(at)
+        if current is None:
+            return at + POLL
+        start, finish = current
+        base: int = self.pool.base
+        if at + base >= finish - self.headroom:
+            return finish - base
+        if self.start < start or self.taken + n + held <= self.limit:
+            return 0
+        return finish - base
+
+    def charge(self, n: int, now: int) -> None:
+        current = self.window(now)
+        start = current[0] if current else 0
+        if start > self.start:
+            self.taken, self.start = 0, start
+        self.taken += n
+
+    def amend(self, n: int, granted: int, now: int) -> None:
+        current = self.window(granted)
+        if current and current[0] == self.start:
+            self.taken = max(0, self.taken + n)
+
+    def used(self, now: int) -> float:
+        current = self.window(now)
+        return 0 if current and self.start < current[0] else self.taken
+
+
+Meter = Bucket | Sliding | Calendar
+
+
+def make_meter(quota: Quota, number: int, pool: Any) -> Meter | None:
+    """The meter `number` (0 to 3: rpm, rpd, tpm, tpd) of a quota; None where there is no limit."""
+    rule, limit, first, second = quota[2 + 4 * number : 6 + 4 * number]
+    if not rule:
+        return None
+    if rule == BUCKET:
+        return Bucket(limit, first, second, pool.now)
+    if rule == SLIDING:
+        return Sliding(limit, first, second, pool.now)
+    return Calendar(limit, first, pool.window(second, quota[-1]), pool, pool.now)

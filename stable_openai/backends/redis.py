@@ -1,0 +1,227 @@
+"""The broker in Redis (or Valkey): each operation is one Lua script, run in one step by the server.
+
+Redis' retries and timeouts are never inherited: every verb is idempotent by its lease ids, so a command whose reply
+was lost is simply sent again, for at most half of a lease's ttl (the ids of a lease would be collected after that).
+Scripts are sent as EVALSHA; a server that does not know one is sent EVAL, which needs no right to use SCRIPT and
+makes the server keep it, after a flush, a restart or a failover too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.cluster
+import redis.sentinel
+from redis.backoff import NoBackoff
+
+from stable_openai._ops import decode, encode
+from stable_openai.errors import BrokerUnavailable, ConfigurationError
+
+__all__ = ["RedisBackend", "script"]
+
+TIMEOUT_S = 2.0
+CONNECTIONS = 64
+PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.4)
+TRANSIENT = (redis.ConnectionError, redis.TimeoutError)
+NO_SCRIPT = redis.exceptions.NoScriptError
+
+
+@cache
+def script(verb: str) -> tuple[str, str]:
+    """The text of a verb with all that it uses, and its SHA-1. The scripts lie beside the installed package, or
+    in the checkout."""
+    package = Path(__file__).resolve().parents[1]
+    folder = next((place for place in (package / "lua", package.parent / "lua") if place.is_dir()), None)
+    if folder is None:
+        raise BrokerUnavailable("the Lua scripts are missing from the installation; install stable_openai again")
+    body = (folder / f"{verb}.lua").read_text()
+    uses = re.search(r"^-- USES (.+)$", body, re.MULTILINE)
+    parts = ["prelude", *(uses.group(1).split(", ") if uses else ())]
+    text = "\n".join([*((folder / f"{part}.lua").read_text() for part in parts), body])
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class RedisBackend:
+    """Runs the broker's operations on a Redis server.
+
+    Args:
+        where: a URL, or a redis-py client: plain, one that a Sentinel made, or a RedisCluster.
+        ttl_s: a lease's ttl in seconds; a command is repeated for at most half of it.
+        now: tests hand in the time, in ms since 1970; otherwise the server's clock decides.
+
+    A URL or a plain client is only read for its settings: the connections are the backend's own, one pool for
+    threads and one for each event loop.
+    """
+
+    local = False
+
+    def __init__(self, where: Any, *, ttl_s: float = 60.0, now: Callable[[], int] | None = None) -> None:
+        self._make = _factory(where)
+        self._patience_s = ttl_s / 2
+        self._now: Callable[[], str] = (lambda: str(now())) if now else str
+        self._mutex = threading.Lock()
+        self._client: Any = None
+        self._loops: dict[int, tuple[Any, Any]] = {}
+
+    def run(self, op: Any) -> Any:
+        """The reply to an operation. Raises BrokerUnavailable when Redis cannot be reached in time."""
+        client = self._client or self._connect()
+        verb, keys, args = encode(op, self._now())
+        text, sha = script(verb)
+        started = time.monotonic()
+        for pause in self._pauses(started):
+            if pause:
+                time.sleep(pause)
+            try:
+                try:
+                    reply = client.execute_command("EVALSHA", sha, len(keys), *keys, *args)
+                except NO_SCRIPT:
+                    reply = client.execute_command("EVAL", text, len(keys), *keys, *args)
+                return decode(op, reply)
+            except TRANSIENT as error:
+                problem = error
+            except redis.RedisError as error:
+                raise unavailable(error) from error
+        raise unavailable(problem) from problem
+
+    async def arun(self, op: Any) -> Any:
+        """The same on the running event loop."""
+        client = self._async_client()
+        verb, keys, args = encode(op, self._now())
+        text, sha = script(verb)
+        started = time.monotonic()
+        for pause in self._pauses(started):
+            if pause:
+                await asyncio.sleep(pause)
+            try:
+                try:
+                    reply = await client.execute_command("EVALSHA", sha, len(keys), *keys, *args)
+                except NO_SCRIPT:
+                    reply = await client.execute_command("EVAL", text, len(keys), *keys, *args)
+                return decode(op, reply)
+            except TRANSIENT as error:
+                problem = error
+            except redis.RedisError as error:
+                raise unavailable(error) from error
+        raise unavailable(problem) from problem
+
+    def _pauses(self, started: float) -> Iterator[float]:
+        for pause in PAUSES_S:
+            if time.monotonic() + pause - started < self._patience_s:
+                yield pause
+
+    def _connect(self) -> Any:
+        with self._mutex:
+            if self._client is None:
+                self._client = self._make(redis)
+            return self._client
+
+    def _async_client(self) -> Any:
+        """The client of the running event loop; those of loops that are closed are forgotten."""
+        loop = asyncio.get_running_loop()
+        known = self._loops.get(id(loop))
+        if known is None or known[0] is not loop:
+            with self._mutex:
+                self._loops = {key: pair for key, pair in self._loops.items() if not pair[0].is_closed()}
+                known = self._loops[id(loop)] = (loop, self._make(redis.asyncio))
+        return known[1]
+
+    def close(self) -> None:
+        """Close the connections of threads."""
+        with self._mutex:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    async def aclose(self) -> None:
+        """Close those of the running event loop, and of threads."""
+        loop = asyncio.get_running_loop()
+        with self._mutex:
+            known = self._loops.pop(id(loop), None)
+        if known:
+            await known[1].aclose()
+        self.close()
+
+    def after_fork(self) -> None:
+        """In a child: sockets of the parent's are dropped, unused."""
+        self._mutex = threading.Lock()
+        self._client = None
+        self._loops = {}
+
+
+def unavailable(error: Exception) -> BrokerUnavailable:
+    """What redis-py said, without the URL (it may hold a password)."""
+    return BrokerUnavailable(f"Redis does not serve the broker ({type(error).__name__})")
+
+
+def _factory(where: Any) -> Callable[[Any], Any]:
+    """How to make a client of our own: a function that takes the namespace, `redis` or `redis.asyncio`."""
+    if isinstance(where, str):
+        try:
+            return _to_server(redis.ConnectionPool.from_url(where))
+        except ValueError:
+            raise ConfigurationError("redis", "cannot be parsed; write it as 'redis://host:6379/0'") from None
+    nodes = getattr(where, "nodes_manager", None)
+    if nodes is not None:
+        return _to_cluster(nodes)
+    pool = getattr(where, "connection_pool", None)
+    if pool is None:
+        raise ConfigurationError("redis", "must be a URL or a redis-py client")
+    return _to_sentinel(pool) if hasattr(pool, "sentinel_manager") else _to_server(pool)
+
+
+def _own(settings: dict[str, Any], namespace: Any) -> dict[str, Any]:
+    """A user's settings with our own retries, and a timeout that is not longer than ours."""
+    dropped = ("retry", "retry_on_error", "retry_on_timeout", "connection_pool", "event_dispatcher", "himport_registry")
+    kept = {name: value for name, value in settings.items() if name not in dropped}
+    for name in ("socket_timeout", "socket_connect_timeout"):
+        kept[name] = min(kept.get(name) or TIMEOUT_S, TIMEOUT_S)
+    retry = redis.retry.Retry if namespace is redis else redis.asyncio.retry.Retry
+    return {**kept, "decode_responses": True, "retry": retry(NoBackoff(), 0)}
+
+
+def _to_server(pool: Any) -> Callable[[Any], Any]:
+    def make(namespace: Any) -> Any:
+        made = namespace.BlockingConnectionPool(
+            connection_class=getattr(namespace.connection, pool.connection_class.__name__),
+            max_connections=CONNECTIONS,
+            timeout=TIMEOUT_S,
+            **_own(pool.connection_kwargs, namespace),
+        )
+        return namespace.Redis.from_pool(made)
+
+    return make
+
+
+def _to_sentinel(pool: Any) -> Callable[[Any], Any]:
+    manager = pool.sentinel_manager
+    addresses = [sentinel.connection_pool.connection_kwargs for sentinel in manager.sentinels]
+
+    def make(namespace: Any) -> Any:
+        sentinel = namespace.sentinel.Sentinel(
+            [(address["host"], address["port"]) for address in addresses],
+            sentinel_kwargs=_own(manager.sentinel_kwargs, namespace),
+        )
+        return sentinel.master_for(pool.service_name, **_own(pool.connection_kwargs, namespace))
+
+    return make
+
+
+def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
+    def make(namespace: Any) -> Any:
+        known = [namespace.cluster.ClusterNode(node.host, node.port) for node in nodes.startup_nodes.values()]
+        refused = ("host", "port", "redis_connect_func", "response_callbacks")
+        settings = {name: value for name, value in nodes.connection_kwargs.items() if name not in refused}
+        return namespace.cluster.RedisCluster(startup_nodes=known, **_own(settings, namespace))
+
+    return make

@@ -1,0 +1,330 @@
+"""KeyManager: a pool of keys, as its user sees it."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NoReturn
+
+from stable_openai._drive import adrive, drive
+from stable_openai._heartbeat import heartbeat
+from stable_openai._keys import Key, as_keys
+from stable_openai._lease import Lease
+from stable_openai._limits import Limits
+from stable_openai._status import Status, key_states
+from stable_openai._verdict import Verdict
+from stable_openai._worker import Request, Steps, Worker, runs_under_a_forking_server
+from stable_openai.backends.memory import MemoryBackend
+from stable_openai.errors import ConfigurationError, NoKeys
+
+__all__ = ["KeyManager", "default_manager"]
+
+_open: list[KeyManager] = []
+_registry = threading.Lock()
+NO_MODEL = "-"
+
+
+class KeyManager:
+    """A pool of API keys, from which every attempt leases one.
+
+    Args:
+        api_keys: the keys, as strings or `Key`. Left out: the default manager where one is open, else one made from
+            the environment (STABLE_OPENAI_KEYS with commas, or OPENAI_API_KEY; STABLE_OPENAI_REDIS;
+            STABLE_OPENAI_POOL).
+        redis: a URL or a redis-py client (plain, a Sentinel's, a cluster's): what all processes share. None: in memory.
+        pool: the pool's name; managers of one pool on one Redis share its limits.
+        limits: the limits of each account for each class of models.
+        models: limits by class; a name or a pattern such as "gpt-4o*".
+        on_redis_down: "raise", "wait" (within max_wait) or "local" (until its own part is built, the same as "wait").
+        lease_ttl: seconds after which the slots of a worker that died come back.
+        max_wait: how long, in seconds, a call waits for a key before it raises Exhausted.
+        headroom_s: the time in which requests may overtake each other on their way to the upstream.
+
+    Raises ConfigurationError for a setting that is wrong. Does no I/O.
+
+    >>> manager = KeyManager(["sk-1", "sk-2"], limits=Limits(rpm=500), pool="doc")
+    >>> manager.status().keys[0].state
+    'ready'
+    >>> manager.close()
+    """
+
+    _worker: Worker
+
+    def __new__(cls, api_keys: Iterable[str | Key] | None = None, redis: Any = None, **options: Any) -> KeyManager:
+        if api_keys is None and redis is None and not options:
+            found = find_default()
+            if found is not None:
+                return found
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        api_keys: Iterable[str | Key] | None = None,
+        redis: Any = None,
+        *,
+        pool: str | None = None,
+        limits: Limits | None = None,
+        models: Mapping[str, Limits] | None = None,
+        on_redis_down: Literal["local", "wait", "raise"] = "local",
+        lease_ttl: float = 60.0,
+        max_wait: float = 600.0,
+        headroom_s: float = 0.25,
+    ) -> None:
+        if hasattr(self, "_worker"):  # KeyManager() found the one that is open
+            return
+        if api_keys is None:
+            given = os.environ.get("STABLE_OPENAI_KEYS") or os.environ.get("OPENAI_API_KEY") or ""
+            api_keys = [key.strip() for key in given.split(",") if key.strip()]
+            redis = redis or os.environ.get("STABLE_OPENAI_REDIS") or None
+            pool = pool or os.environ.get("STABLE_OPENAI_POOL")
+        pool = "default" if pool is None else pool
+        if not pool or not all(char.isascii() and (char.isalnum() or char in "_.-") for char in pool):
+            raise ConfigurationError("pool", "must be made of letters, digits, '_', '.' and '-'")
+        if on_redis_down not in ("local", "wait", "raise"):
+            raise ConfigurationError("on_redis_down", "is unknown; use 'local', 'wait' or 'raise'")
+        _check_number("lease_ttl", lease_ttl, 1, 3600)
+        _check_number("max_wait", max_wait, 0, math.inf)
+        _check_number("headroom_s", headroom_s, 0, 10)
+        if limits is not None and not isinstance(limits, Limits):
+            raise ConfigurationError("limits", "must be a Limits(...)")
+        for name, value in (models or {}).items():
+            if not isinstance(name, str) or not isinstance(value, Limits):
+                raise ConfigurationError("models", "must map names or patterns of models to Limits(...)")
+        self.pool = pool
+        self.max_wait = max_wait
+        self._worker = Worker(
+            pool,
+            as_keys(api_keys),
+            limits or Limits(),
+            models or {},
+            ttl_s=lease_ttl,
+            headroom_s=headroom_s,
+            on_redis_down=on_redis_down,
+        )
+        self._backend: Any
+        if redis is None:
+            self._backend = MemoryBackend()
+            self._worker.warn_once = runs_under_a_forking_server()
+        else:
+            from stable_openai.backends.redis import RedisBackend
+
+            self._backend = RedisBackend(redis, ttl_s=lease_ttl)
+        heartbeat.serve(self._worker, self._do)
+        with _registry:
+            _open.append(self)
+
+    def __repr__(self) -> str:
+        return f"KeyManager(pool={self.pool!r}, keys={len(self._worker.keys)}, backend={self._kind!r})"
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError("a KeyManager is not pickled: it holds secrets; make one in each process")
+
+    @property
+    def _kind(self) -> str:
+        return "memory" if self._backend.local else "redis"
+
+    def _do(self, steps: Steps) -> Any:
+        return drive(steps, self._worker, self._backend)
+
+    async def _ado(self, steps: Steps) -> Any:
+        return await adrive(steps, self._worker, self._backend)
+
+    def request(self, model: str | None = None, tokens: int | None = None, max_wait: float | None = None) -> Request:
+        """What a call asks for, with this manager's defaults. For those who build on this package."""
+        return Request(model or NO_MODEL, tokens or 0, self.max_wait if max_wait is None else max_wait)
+
+    def counts_tokens(self, model: str | None) -> bool:
+        """Whether the limits of a model count tokens."""
+        return self._worker.counts_tokens(model or NO_MODEL)
+
+    def lease(
+        self,
+        *,
+        model: str | None = None,
+        tokens: int | None = None,
+        max_wait: float | None = None,
+        classify: Callable[[BaseException], Verdict | None] | None = None,
+    ) -> Lease:
+        """A lease for a `with` or `async with` block.
+
+        Args:
+            model: the model that will be called; it decides which limits count.
+            tokens: the tokens to reserve.
+            max_wait: seconds to wait for a key; the manager's where it is None.
+            classify: gives the verdict of an exception, or None to leave it to the table.
+
+        Entering it raises Exhausted, NoKeys, RequestTooLarge or BrokerUnavailable.
+        """
+        return Lease(self._worker, self._backend, self.request(model, tokens, max_wait), classify=classify)
+
+    def _status(self) -> Steps:
+        worker = self._worker
+        if not worker.registrations():
+            worker.registration(NO_MODEL)
+        seen = []
+        for to in worker.registrations():
+            seen.append((yield from worker.inspect_registration(to)))
+        _, snapshot = seen[0]
+        keys = key_states(worker, seen)
+        return Status(self.pool, self._kind, snapshot.breaker, snapshot.breaker_ms / 1000, keys)
+
+    def status(self) -> Status:
+        """A snapshot of the pool: each key's state, why, for how long, and what is used of its limits."""
+        status: Status = self._do(self._status())
+        return status
+
+    async def astatus(self) -> Status:
+        """The same, on an event loop."""
+        status: Status = await self._ado(self._status())
+        return status
+
+    def check(self) -> None:
+        """Raise BrokerUnavailable where Redis cannot be reached or does not serve the broker."""
+        self._do(self._status())
+
+    async def acheck(self) -> None:
+        """The same, on an event loop."""
+        await self._ado(self._status())
+
+    def _find(self, key: str | Key) -> Key:
+        """A key by itself, its secret, its name or its fingerprint."""
+        for mine in self._worker.keys.values():
+            if key in (mine, mine.name, mine.fingerprint) or (isinstance(key, str) and mine.secret.reveal() == key):
+                return mine
+            if isinstance(key, Key) and key.fingerprint == mine.fingerprint:
+                return mine
+        raise ConfigurationError("key", f"is not one of pool {self.pool!r}; give the key, its name or its fingerprint")
+
+    def add(self, key: str | Key) -> None:
+        """Hold one more key from now on, in this worker."""
+        made = key if isinstance(key, Key) else Key(key)
+        self._worker.hold(as_keys([*self._worker.keys.values(), made]))
+        self._worker.line.wake()
+
+    def remove(self, key: str | Key) -> None:
+        """Hold a key no longer, in this worker; its live leases settle as usual."""
+        gone = self._find(key)
+        self._worker.hold([mine for mine in self._worker.keys.values() if mine is not gone])
+
+    async def aadd(self, key: str | Key) -> None:
+        """The same as add()."""
+        self.add(key)
+
+    async def aremove(self, key: str | Key) -> None:
+        """The same as remove()."""
+        self.remove(key)
+
+    def disable(self, key: str | Key, seconds: float | None = None) -> None:
+        """Take a key out of use in the whole pool, for so many seconds or until it is enabled."""
+        self._do(self._disable(key, seconds))
+
+    async def adisable(self, key: str | Key, seconds: float | None = None) -> None:
+        """The same, on an event loop."""
+        await self._ado(self._disable(key, seconds))
+
+    def _disable(self, key: str | Key, seconds: float | None) -> Steps:
+        if seconds is not None:
+            _check_number("seconds", seconds, 0, 10**9)
+        ms = None if seconds is None else math.ceil(seconds * 1000)
+        yield from self._worker.admin("disable", self._find(key), ms)
+
+    def enable(self, key: str | Key) -> None:
+        """Bring a key back into use in the whole pool, whatever put it out."""
+        self._do(self._worker.admin("enable", self._find(key)))
+
+    async def aenable(self, key: str | Key) -> None:
+        """The same, on an event loop."""
+        await self._ado(self._worker.admin("enable", self._find(key)))
+
+    def reset(self, key: str | Key) -> None:
+        """Forget all that was concluded of a key and its account, cooldowns too; what was used stays used."""
+        self._do(self._worker.admin("reset", self._find(key)))
+
+    async def areset(self, key: str | Key) -> None:
+        """The same, on an event loop."""
+        await self._ado(self._worker.admin("reset", self._find(key)))
+
+    def close(self) -> None:
+        """Settle what is pending and close the connections. The manager is no longer the default one."""
+        self._leave()
+        self._do(self._worker.flush())
+        self._backend.close()
+
+    async def aclose(self) -> None:
+        """The same, on an event loop."""
+        self._leave()
+        await self._ado(self._worker.flush())
+        await self._backend.aclose()
+
+    def _leave(self) -> None:
+        with _registry:
+            if self in _open:
+                _open.remove(self)
+
+    # What the first stable-openai had.
+
+    def get_key(self) -> str:
+        """A key's secret, for one request now; waits for one. Prefer `lease()`, which sees what comes of it."""
+        if not self._worker.keys:
+            raise NoKeys("no keys are left", keys={}, retry_after=None, reason="removed")
+        with self.lease() as lease:
+            return lease.api_key
+
+    def set_ttl(self, key: str, ttl: float) -> None:
+        """Do not use the key for so many seconds; 0 enables it. A key that is not held is ignored."""
+        if any(mine.secret.reveal() == key for mine in self._worker.keys.values()):
+            self.disable(key, ttl) if ttl > 0 else self.enable(key)
+
+    def delete_key(self, key: str) -> None:
+        """Hold the key no longer. A key that is not held is ignored."""
+        if any(mine.secret.reveal() == key for mine in self._worker.keys.values()):
+            self.remove(key)
+
+    def get_min_ttl(self) -> float:
+        """Seconds until the first key may be used; 0 where one may be now, or where there are none."""
+        waits = (
+            [math.inf if key.seconds is None else key.seconds for key in self.status().keys]
+            if self._worker.keys
+            else []
+        )
+        return min(waits, default=0)
+
+
+def _check_number(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ConfigurationError(name, f"must be a number of seconds from {least:g} to {most:g}")
+
+
+def find_default() -> KeyManager | None:
+    """The newest open manager of the pool "default", else the only one that is open."""
+    with _registry:
+        of_default = [manager for manager in _open if manager.pool == "default"]
+        if of_default:
+            return of_default[-1]
+        return _open[0] if len(_open) == 1 else None
+
+
+def default_manager() -> KeyManager:
+    """The manager of a bare @stable. Raises ConfigurationError where several named pools are open."""
+    manager = find_default()
+    if manager is not None:
+        return manager
+    with _registry:
+        names = sorted({manager.pool for manager in _open})
+    if names:
+        raise ConfigurationError("manager", f"several pools are open ({', '.join(names)}); write @stable(manager=...)")
+    return KeyManager()
+
+
+def _after_fork_in_child() -> None:
+    global _registry
+    _registry = threading.Lock()
+    for manager in _open:
+        manager._worker.begin_life()
+        manager._worker.warn_once = manager._backend.local
+        manager._backend.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

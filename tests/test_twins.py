@@ -1,0 +1,360 @@
+"""Both backends mean the same, and neither ever grants more than a limit (design.md, invariants 2 and 7).
+
+Random sequences of operations run on Lua and in memory on one simulated clock; every reply must be equal. A third
+party, the oracle, knows only the declared limits and charges the final amounts at the time of the grant.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from stable_openai._limits import Limits, day_starts, quota
+from stable_openai._ops import (
+    Acquire,
+    Admin,
+    Ask,
+    Closing,
+    Granted,
+    Inspect,
+    Member,
+    NotRegistered,
+    Refused,
+    Register,
+    Registration,
+    Renew,
+    Settle,
+)
+from stable_openai.backends.memory import MemoryBackend
+from stable_openai.backends.redis import RedisBackend
+
+START = 1_790_000_000_000
+TTL = 60_000
+LONGEST = 900_000
+TOKENS = st.sampled_from([0, 1, 5, 40, 99, 100, 101, 1000])
+VERBS = st.sampled_from(["disable", "disable", "enable", "reset"])
+STEPS = st.sampled_from([1, 100, 250, 999, 1000, 5000, 30_000, 60_000, 61_000, 900_000, 3_600_000, 90_000_000])
+PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking takes minutes: add Phase.shrink to study a failure
+EXAMPLES = int(os.environ.get("STABLE_OPENAI_EXAMPLES", "60"))
+
+
+@dataclass(eq=False)
+class Charge:
+    """What was granted, and how much it came to in the end."""
+
+    at: int
+    account: str
+    tokens: int
+    requests: int = 1
+
+
+class Oracle:
+    """Checks a list of charges against the declared limits, by the definition of each rule."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+
+    def check(self, charges: list[Charge]) -> None:
+        day_rule = self.limits.day_rule or self.limits.rule
+        for limit, rule_name, period, what in (
+            (self.limits.rpm, self.limits.rule, 60_000, "requests"),
+            (self.limits.rpd, day_rule, 86_400_000, "requests"),
+            (self.limits.tpm, self.limits.rule, 60_000, "tokens"),
+            (self.limits.tpd, day_rule, 86_400_000, "tokens"),
+        ):
+            if limit is None:
+                continue
+            for account in {charge.account for charge in charges}:
+                mine = [(c.at, getattr(c, what)) for c in charges if c.account == account]
+                getattr(self, f"_{rule_name or 'bucket'}")(mine, limit, period)
+
+    @staticmethod
+    def _bucket(charges: list[tuple[int, int]], limit: int, period: int) -> None:
+        level, before = limit * period, charges[0][0]  # in units of 1/period, so that all is exact
+        for at, amount in charges:
+            level = min(limit * period, level + (at - before) * limit)
+            level -= amount * period
+            before = at
+            assert level >= 0, "the upstream's bucket ran dry"
+
+    @staticmethod
+    def _sliding(charges: list[tuple[int, int]], limit: int, period: int) -> None:
+        for at, _ in charges:
+            assert sum(amount for when, amount in charges if at - period < when <= at) <= limit
+
+    @staticmethod
+    def _calendar(charges: list[tuple[int, int]], limit: int, period: int) -> None:
+        windows: dict[int, int] = {}
+        for at, amount in charges:
+            windows[at // period] = windows.get(at // period, 0) + amount
+        assert max(windows.values()) <= limit
+
+
+@dataclass
+class Held:
+    ask: Ask
+    granted: Granted
+    charge: Charge
+    expires: int
+
+
+class Twins(RuleBasedStateMachine):
+    url: str
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.now = START + data.draw(st.integers(0, 86_400_000))
+        self.pool = f"test-{uuid.uuid4().hex}"
+        self.memory = MemoryBackend(clock=lambda: self.now)
+        self.redis = RedisBackend(self.url, now=lambda: self.now)
+        self.limits = data.draw(limits())
+        self.charges: list[Charge] = []
+        self.held: list[Held] = []
+        self.deadlines: list[int] = []
+        self.number = 0
+        self.changed = False
+        self.went_back = False
+        self.overused = False
+        size = data.draw(st.sampled_from([1, 2, 3, 5, 20]))
+        self.members = [
+            Member(f"acct{i}" if i % 3 == 2 else f"key{i}a", 0, weight, keys)
+            for i in range(size)
+            for weight, keys in [data.draw(st.sampled_from(rows(i)))]
+        ]
+        self.to = Registration(self.pool, "gpt", [quota(self.limits, 0.25)], self.members)
+        self.register()
+
+    def teardown(self) -> None:
+        if hasattr(self, "redis"):
+            self.redis.close()
+
+    def both(self, op: Any) -> Any:
+        in_redis = self.redis.run(op)
+        in_memory = self.memory.run(op)
+        assert in_redis == in_memory, op
+        return in_redis
+
+    @rule()
+    def register(self) -> None:
+        self.both(Register(self.to, "epoch", {zone: day_starts(zone, self.now) for zone in self.to.zones}))
+
+    @precondition(lambda self: len(self.members) < 20)
+    @rule(data=st.data())
+    def change_limits(self, data: st.DataObject) -> None:
+        """A rolling deploy: the new limits win; the old revision stays known."""
+        self.changed = True
+        self.to = Registration(self.pool, "gpt", [quota(data.draw(limits()), 0.25)], self.members)
+        self.register()
+
+    @rule(
+        asks=st.lists(st.tuples(TOKENS, st.booleans()), min_size=1, max_size=4),
+        model=st.sampled_from(["gpt", "gpt-mini"]),
+        repeat=st.booleans(),
+        avoid=st.integers(0, 3),
+        wanted=st.integers(0, 3),
+    )
+    def acquire(self, asks: list[tuple[int, bool]], model: str, repeat: bool, avoid: int, wanted: int) -> None:
+        names = [member.account for member in self.members]
+        made = []
+        for tokens, steered in asks:
+            self.number += 1
+            around = (tuple(names[:avoid]), tuple(names[-wanted:] if wanted else ())) if steered else ((), ())
+            made.append(Ask(f"w:{self.number}", tokens, model, *around))
+        if repeat and self.held:
+            made.append(self.held[-1].ask)
+        op = Acquire(self.to, TTL, tuple(made))
+        answers = self.both(op)
+        if isinstance(answers, NotRegistered):
+            self.register()
+            answers = self.both(op)
+        if isinstance(answers, NotRegistered):
+            return
+        for ask, answer in zip(made, answers):
+            if isinstance(answer, Granted) and all(held.ask.id != ask.id for held in self.held):
+                self.take(ask, answer)
+            elif isinstance(answer, Refused):
+                self.deadlines.append(self.now + answer.wait_ms)
+
+    def check_slots(self, account: str) -> None:
+        """No more live leases than the account has slots."""
+        live = [held for held in self.held if held.granted.account == account and held.expires > self.now]
+        if self.limits.concurrency and not self.changed and not self.went_back:
+            assert len(live) <= self.limits.concurrency
+
+    @rule(tokens=st.sampled_from([0, 1, 99, 150]))
+    def wait_for_it(self, tokens: int) -> None:
+        """A wait that is called exact is: refused one ms before, granted then (or refused for what has no time)."""
+
+        done = [Closing(held.ask.id, held.granted.account, held.granted.key, "gpt", "ok") for held in self.held]
+        self.held.clear()
+        if done:
+            self.both(Settle(self.to, TTL, tuple(done)))
+
+        def ask() -> Any:
+            self.number += 1
+            return self.both(Acquire(self.to, TTL, (Ask(f"w:{self.number}", tokens, "gpt"),)))
+
+        answer = ask()
+        if isinstance(answer, NotRegistered) or not isinstance(answer[0], Refused) or not answer[0].exact:
+            if isinstance(answer, list) and isinstance(answer[0], Granted):
+                self.take(Ask(f"w:{self.number}", tokens, "gpt"), answer[0])
+            return
+        if answer[0].wait_ms > 6 * 86_400_000 or self.went_back:
+            return
+        self.now += answer[0].wait_ms - 1
+        if answer[0].wait_ms > 1:
+            assert isinstance(ask()[0], Refused)
+        self.now += 1
+        again = ask()
+        assert isinstance(again[0], Granted), again
+        self.take(Ask(f"w:{self.number}", tokens, "gpt"), again[0])
+
+    def take(self, ask: Ask, granted: Granted) -> None:
+        charge = Charge(self.now, granted.account, ask.tokens)
+        self.charges.append(charge)
+        self.held.append(Held(ask, granted, charge, self.now + TTL))
+        self.check_slots(granted.account)
+
+    @precondition(lambda self: self.held)
+    @rule(
+        data=st.data(),
+        outcome=st.sampled_from(
+            ["ok", "ok", "ok", "unsent", "neutral", "limited", "account", "key", "key", "model", "failed", "failed"]
+        ),
+        tokens=st.one_of(st.none(), st.integers(0, 150)),
+        count=st.integers(1, 3),
+        repeat=st.booleans(),
+    )
+    def settle(self, data: st.DataObject, outcome: str, tokens: int | None, count: int, repeat: bool) -> None:
+        closings = []
+        closed = []
+        for _ in range(min(count, len(self.held))):
+            held = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+            closed.append(held)
+            detail = {"failed": "5xx", "account": "insufficient_quota"}.get(outcome, "")
+            if outcome == "unsent":
+                detail = data.draw(st.sampled_from(["", "connection"]))
+            if outcome == "limited":
+                detail = data.draw(st.sampled_from(["", "0", "1500", "70000"]))
+            used = None if outcome == "unsent" else tokens
+            self.overused = self.overused or (used or 0) > held.ask.tokens
+            granted = held.granted
+            jitter = data.draw(st.sampled_from([0.0, 0.5]))
+            model = held.ask.model
+            closings.append(Closing(held.ask.id, granted.account, granted.key, model, outcome, used, detail, jitter))
+        replies = self.both(Settle(self.to, TTL, tuple(closings)))
+        for held, closing, reply in zip(closed, closings, replies):
+            if reply.code == 0 and outcome == "unsent":
+                self.charges.remove(held.charge)
+            elif reply.code == 0 and closing.tokens is not None and self.limits.charge == "used":
+                held.charge.tokens = closing.tokens
+        if repeat:
+            assert [reply.code for reply in self.both(Settle(self.to, TTL, tuple(closings)))] == [2] * len(closings)
+
+    @rule(id=st.integers(1, 50))
+    def settle_before_acquire(self, id: int) -> None:
+        """A settle that overtakes its acquire leaves a tombstone, which refuses the acquire."""
+        closing = Closing(f"late:{id}", "x", "x", "gpt", "ok")
+        self.both(Settle(self.to, TTL, (closing,)))
+        self.both(Acquire(self.to, TTL, (Ask(f"late:{id}", 1, "gpt"),)))
+
+    @rule()
+    def renew(self) -> None:
+        renewed = self.both(Renew(self.to, TTL, LONGEST, tuple(held.ask.id for held in self.held)))
+        for held, alive in zip(self.held, renewed):
+            if alive:
+                held.expires = max(held.expires, min(self.now + TTL, held.charge.at + LONGEST))
+
+    @rule(
+        data=st.data(),
+        verb=VERBS,
+        ms=st.sampled_from([None, 0, 30_000]),
+    )
+    def admin(self, data: st.DataObject, verb: str, ms: int | None) -> None:
+        member = data.draw(st.sampled_from(self.members))
+        self.both(Admin(self.pool, verb, member.keys[0][0], member.account, ms, ("gpt",)))
+
+    @rule(
+        ms=st.sampled_from(
+            [1, 100, 250, 999, 1000, 5000, 10_000, 30_000, 60_000, 61_000, 900_000, 3_600_000, 90_000_000]
+        )
+    )
+    def pass_time(self, ms: int) -> None:
+        self.now += ms
+
+    @precondition(lambda self: self.deadlines)
+    @rule(data=st.data(), off=st.sampled_from([-1, 0, 0, 1]))
+    def step_to_a_deadline(self, data: st.DataObject, off: int) -> None:
+        later = [deadline for deadline in self.deadlines if deadline + off > self.now]
+        if later:
+            self.now = data.draw(st.sampled_from(sorted(later)[:5])) + off
+        self.deadlines = later
+
+    @precondition(lambda self: not self.went_back)
+    @rule(ms=st.sampled_from([1, 500, 2000, 70_000, 7_200_000]))
+    def clock_jumps_back(self, ms: int) -> None:
+        self.went_back = True
+        self.now -= ms
+
+    @invariant()
+    def agree(self) -> None:
+        if hasattr(self, "to"):
+            self.both(Inspect(self.to, TTL))
+
+    @invariant()
+    def never_over(self) -> None:
+        if getattr(self, "charges", None) and not (self.changed or self.went_back or self.overused):
+            Oracle(self.limits).check(self.charges)
+
+
+def rows(i: int) -> list[tuple[int, tuple[tuple[str, int], ...]]]:
+    """Rows of a ring: an account of one key, mostly plain, or of three with weights."""
+    if i % 3 == 2:
+        return [(6, ((f"key{i}a", 1), (f"key{i}b", 3), (f"key{i}c", 2)))]
+    return [(1, ((f"key{i}a", 1),)), (3, ((f"key{i}a", 3),))]
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    def some(*values: int) -> int | None:
+        return draw(st.sampled_from([None, *values]))
+
+    return Limits(
+        rpm=some(1, 3, 60, 200),
+        rpd=some(5, 300),
+        tpm=some(100, 150, 1000),
+        tpd=some(2000, 10**12),
+        concurrency=some(1, 4),
+        rule=draw(st.sampled_from(["bucket", "sliding", "calendar"])),
+        day_rule=draw(st.sampled_from([None, "bucket", "sliding", "calendar"])),
+        burst_s=draw(st.sampled_from([None, None, 1, 10])),
+        charge=draw(st.sampled_from(["reserved", "used"])),
+    )
+
+
+def test_lua_and_memory_answer_alike_and_never_over(redis_url: str) -> None:
+    Twins.url = redis_url
+    run_state_machine_as_test(
+        Twins,
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=PHASES,
+            report_multiple_bugs=False,
+        ),
+    )
