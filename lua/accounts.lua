@@ -98,7 +98,9 @@ local function earliest(a, q, tokens, class)
     end
   until at == before or not calendar
   if q[1] > 0 and a[1] >= q[1] then
-    if at < now + POLL then at, why = now + POLL, 'concurrency' end
+    -- Look again when a lease may expire: its worker may be dead.
+    local again = min(now + POLL, max(now + 1, tonumber(get(class, 'm') or NEVER)))
+    if at < again then at, why = again, 'concurrency' end
     loose = true
   end
   return at, why, loose

@@ -130,7 +130,7 @@ local function make_windows(class)
     [3] = {
       ready = function(a, i, q, need, at)
         local start, finish = window(q, i, at)
-        if not start then return at + POLL end
+        if not start then return now + POLL end   -- of `at` it would rise for ever
         if at + base >= finish - q[4 * i + 1] then return finish - base end
         if a[6 + 2 * i] < start or a[5 + 2 * i] + need <= q[4 * i] then return 0 end
         return finish - base

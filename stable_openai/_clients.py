@@ -8,53 +8,63 @@ by themselves, since the broker would not see those attempts; closing a copy clo
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 from stable_openai._keys import Key
 
-__all__ = ["client_for"]
+__all__ = ["client_for", "shared_client"]
 
 _bases: dict[Any, tuple[Any, Any]] = {}
+_mutex = threading.Lock()
 
 
 def client_for(key: Key, is_async: bool) -> Any:
     """An `openai.OpenAI` (or AsyncOpenAI) that uses this key."""
-    base = _async_base() if is_async else _base()
     options: dict[str, Any] = {"api_key": key.secret.reveal()}
     if key.base_url:
         options["base_url"] = key.base_url
-    return base.with_options(**options)
+    return shared_client(is_async).with_options(**options)
 
 
-def _base() -> Any:
-    known = _bases.get("sync")
-    if known is None:
-        import openai
+def shared_client(is_async: bool) -> Any:
+    """The client of this process, or of the running event loop, whose connections all copies share."""
+    loop = None
+    if is_async:
+        import asyncio
 
-        class Shared(openai.OpenAI):
-            def close(self) -> None:
-                """The connection pool is shared."""
-
-        known = _bases["sync"] = (None, Shared(api_key="none", max_retries=0))
+        loop = asyncio.get_running_loop()
+    known = _bases.get(id(loop))
+    if known is None or known[0] is not loop:
+        with _mutex:
+            known = _bases.get(id(loop))
+            if known is None or known[0] is not loop:
+                for stale in [name for name, (of, _) in _bases.items() if of is not None and of.is_closed()]:
+                    del _bases[stale]
+                known = _bases[id(loop)] = (loop, _make(is_async))
     return known[1]
 
 
-def _async_base() -> Any:
-    import asyncio
-
+def _make(is_async: bool) -> Any:
     import openai
 
-    class Shared(openai.AsyncOpenAI):
+    class Shared(openai.OpenAI):
+        def close(self) -> None:
+            """The connection pool is shared."""
+
+    class AsyncShared(openai.AsyncOpenAI):
         async def close(self) -> None:
             """The connection pool is shared."""
 
-    loop = asyncio.get_running_loop()
-    known = _bases.get(id(loop))
-    if known is None or known[0] is not loop:
-        for stale in [name for name, pair in _bases.items() if pair[0] is not None and pair[0].is_closed()]:
-            del _bases[stale]
-        known = _bases[id(loop)] = (loop, Shared(api_key="none", max_retries=0))
-    return known[1]
+    made = (AsyncShared if is_async else Shared)(api_key="none", max_retries=0)
+    _ = made.chat.completions, made.responses, made.embeddings  # imported on first use, which takes a while
+    return made
 
 
-os.register_at_fork(after_in_child=_bases.clear)
+def _after_fork_in_child() -> None:
+    global _mutex
+    _mutex = threading.Lock()
+    _bases.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -196,6 +196,11 @@ class OneCall:
         self.worker, self.backend = manager._worker, manager._backend
         self.request = decorated.request(manager, args, kwargs)
         self.lease: Lease | None = None
+        if "client" in decorated.injected:
+            # Before there is a lease: it may take a second, and what is leased should be sent at once.
+            from stable_openai._clients import shared_client
+
+            shared_client(is_async)
 
     def flow(self) -> Flow:
         return call(self.worker, self.request, self.decorated.policy, monotonic(), self.reported)

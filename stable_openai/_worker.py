@@ -300,7 +300,7 @@ class Worker:
     def _warn(self) -> None:
         self.warn_once = False
         log.warning(
-            "memory.forked pool=%s: the limits are kept in memory, by each process for itself; give redis= to share them",
+            "memory.forked pool=%s: the limits are kept in memory, by each process for itself; redis= shares them",
             self.pool,
         )
 

@@ -310,22 +310,21 @@ class MemoryBackend:
         assert pool is not None
         if known.due is None or pool.now < known.due:
             return
-        due = [id for at, id in known.expiry.order[:100] if at <= pool.now]
-        for id in due:
-            self._expire(known, id, ttl)
-        known.due = int(known.expiry.order[0][0]) if known.expiry.order else NEVER
+        self._expire(known, [id for at, id in known.expiry.order[:100] if at <= pool.now], ttl)
 
-    def _expire(self, known: ModelClass, id: str, ttl: int) -> None:
+    def _expire(self, known: ModelClass, ids: list[str], ttl: int) -> None:
         pool = self._pool
         assert pool is not None
-        lease = known.leases.get(id)
-        if lease and lease.state == LIVE:
-            self._close(known, lease, lease.tokens)
-            lease.state = EXPIRED
-            known.expiry.put(id, pool.now + 2 * ttl)
-        else:
-            known.leases.pop(id, None)
-            known.expiry.drop(id)
+        for id in ids:
+            lease = known.leases.get(id)
+            if lease and lease.state == LIVE:
+                self._close(known, lease, lease.tokens)
+                lease.state = EXPIRED
+                known.expiry.put(id, pool.now + 2 * ttl)
+            else:
+                known.leases.pop(id, None)
+                known.expiry.drop(id)
+        known.due = int(known.expiry.order[0][0]) if known.expiry.order else NEVER
 
     def _close(self, known: ModelClass, lease: Lease, tokens: int) -> Account:
         pool = self._pool
@@ -339,7 +338,7 @@ class MemoryBackend:
                     meter.charge(tokens, pool.now)
         return account
 
-    def _earliest(self, account: Account, tokens: int) -> tuple[int, str, bool]:
+    def _earliest(self, known: ModelClass, account: Account, tokens: int) -> tuple[int, str, bool]:
         """When the meters admit a request of so many tokens, what stands in the way, and whether that has no time."""
         now = self._pool.now  # type: ignore[union-attr]
         at, why, loose = now, "", False
@@ -364,8 +363,10 @@ class MemoryBackend:
             if at == before or not calendar:
                 break
         if quota[0] and account.live >= quota[0]:
-            if at < now + POLL:
-                at, why = now + POLL, "concurrency"
+            # Look again when a lease may expire: its holder may be gone.
+            again = min(now + POLL, max(now + 1, NEVER if known.due is None else known.due))
+            if at < again:
+                at, why = again, "concurrency"
             loose = True
         return at, why, loose
 
@@ -388,7 +389,7 @@ class MemoryBackend:
         self, pool: Pool, known: ModelClass, member: Member, tokens: int, model: str
     ) -> tuple[int, str, bool, str]:
         account = known.look(member.account, pool)
-        at, why, loose = self._earliest(account, tokens)
+        at, why, loose = self._earliest(known, account, tokens)
         if pool.accounts:
             out = pool.accounts.get(member.account)
             if out:
@@ -467,7 +468,7 @@ class MemoryBackend:
                 scope.probe, scope.probe_until, probe = ask.id, expires, True
         known.leases[ask.id] = Lease(LIVE, ask.tokens, now, expires, probe, name, key)
         known.watch(ask.id, expires)
-        at = self._earliest(account, 0)[0]
+        at = self._earliest(known, account, 0)[0]
         if at > now:
             ring.index.put(name, at)
         elif before > now or account.turn % member.weight == 0:
@@ -492,7 +493,7 @@ class MemoryBackend:
                 known.watch(closing.id, pool.now + 2 * ttl)
             return Settled(2, "")
         if lease.state == LIVE and lease.expires <= pool.now:
-            self._expire(known, closing.id, ttl)
+            self._expire(known, [closing.id], ttl)
         closing = closing._replace(account=lease.account, key=lease.key)
         late = lease.state == EXPIRED
         if not late:
@@ -520,7 +521,7 @@ class MemoryBackend:
             elif number > 1 and tokens is not None and tokens > lease.tokens:
                 meter.amend(tokens - lease.tokens, lease.granted, pool.now)
         if sooner:
-            at = self._earliest(account, 0)[0]
+            at = self._earliest(known, account, 0)[0]
             at = 0 if at <= pool.now else at
             if at < index.scores.get(lease.account, -1):
                 index.put(lease.account, at)
@@ -535,7 +536,7 @@ class MemoryBackend:
         for id in op.ids:
             lease = known.leases.get(id)
             if lease and lease.state == LIVE and lease.expires <= pool.now:
-                self._expire(known, id, op.ttl_ms)
+                self._expire(known, [id], op.ttl_ms)
             alive = lease is not None and lease.state == LIVE
             if lease and alive:
                 lease.expires = max(lease.expires, min(pool.now + op.ttl_ms, lease.granted + op.longest_ms))

@@ -130,7 +130,8 @@ class Calendar:
             return None
         current = self.window(at)
         if current is None:
-            return at + POLL
+            pooled_now: int = self.pool.now
+            return pooled_now + POLL  # of `at` it would rise for ever
         start, finish = current
         base: int = self.pool.base
         if at + base >= finish - self.headroom:

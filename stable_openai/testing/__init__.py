@@ -9,7 +9,8 @@
         print([entry.account for entry in fake.log])
 
 It imports nothing else of stable_openai: it is the judge of whether the broker ever exceeded a limit. It
-needs h11, which comes with openai. Where to change what:
+needs h11, which comes with openai. For pytest there are fixtures, of a fake and of a manager on it, to be imported in
+a conftest.py: see fixtures.py. Where to change what:
 
     settings.py  the arguments                        upstream.py  the judgement of a request, and the log
     visits.py    a request, its entry in the log      admin.py     the endpoints to look at it from outside
@@ -18,6 +19,7 @@ needs h11, which comes with openai. Where to change what:
     failures.py  what can be injected                 service.py   pauses, answers that break off
     wire.py      HTTP on a connection                 server.py    `FakeOpenAI`, its thread
     process.py   `FakeProcess`                        __main__.py  the command line
+    fixtures.py  pytest's, the one file here that imports the broker
 """
 
 from __future__ import annotations

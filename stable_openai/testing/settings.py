@@ -23,9 +23,9 @@ class Settings:
     minute_s, day_s: the lengths of the windows, for tests that cannot wait for a minute.
     latency_s: seconds before an answer, or a function that returns them, called in the server's thread.
     output_tokens: tokens of an answer, or a function of the request's JSON; at most the request's limit.
-    charge: "reserved" charges a request on arrival with its output limit (times `n`), if it gives one, plus
-        the estimate of its prompt (a quarter of its characters); "used" holds those until the answer, then
-        charges what was used.
+    charge: "reserved" charges a request on arrival, as OpenAI does, with the larger of its output limit (times
+        `n`), if it gives one, and the estimate of its prompt (a quarter of its characters); "used" holds as
+        many until the answer, then charges what was used.
     refusals_count: a refused request consumes a request wherever there is one left.
     unknown_models: answered 404 `model_not_found`.
     """

@@ -1,0 +1,8 @@
+"""Benchmarks of the bars in the README: each prints its figure beside its yardstick, from the same run.
+
+    python -m benchmarks                 all of them
+    python -m benchmarks costs --smoke   one, in a short form that proves only that it runs
+
+costs     acquire and settle: time, server CPU, 10,000 keys, memory in Redis; in memory; @stable; the import
+load      the main job: processes of threads over Redis against the fake upstream, which judges
+"""
