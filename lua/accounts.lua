@@ -21,7 +21,7 @@ local function begin_meter(a, i, q, class)
   local rule = q[4 * i - 1]
   a[5 + 2 * i], a[6 + 2 * i] = 0, 0
   if rule == 1 then a[5 + 2 * i], a[6 + 2 * i] = q[4 * i + 2], now
-  elseif rule > 1 then a[5 + 2 * i], a[6 + 2 * i] = rule_of(q, i, class).fresh(a, i, q) end
+  elseif rule > 1 then a[5 + 2 * i], a[6 + 2 * i] = (windows or make_windows(class))[rule].fresh(a, i, q) end
 end
 
 local function account_of(class, name, q)
@@ -70,7 +70,7 @@ local function put_lease(class, id, lease)
 end
 
 local function watch(class, expiry, id, at)
-  call('ZADD', expiry, at, id)
+  redis.call('ZADD', expiry, at, id)
   local first = get(class, 'm')
   if not first or at < tonumber(first) then put(class, 'm', ('%.17g'):format(at)) end
 end
@@ -89,7 +89,7 @@ local function earliest(a, q, tokens, class)
         if n > q[4 * i] then return NEVER, i, false end
         local time = ready(a, i, q, n, i > 2 and held or 0, at, class)
         if not time then
-          if not loose then at, why, loose = max(at, now + POLL), i, true end
+          if not loose then at, why, loose = math.max(at, now + POLL), i, true end
         elseif time > at then
           at, why = time, i
         end
@@ -99,7 +99,7 @@ local function earliest(a, q, tokens, class)
   until at == before or not calendar
   if q[1] > 0 and a[1] >= q[1] then
     -- Look again when a lease may expire: its worker may be dead.
-    local again = min(now + POLL, max(now + 1, tonumber(get(class, 'm') or NEVER)))
+    local again = math.min(now + POLL, math.max(now + 1, tonumber(get(class, 'm') or NEVER)))
     if at < again then at, why = again, 'concurrency' end
     loose = true
   end
@@ -110,9 +110,9 @@ end
 local function close(class, name, lease, tokens)
   local q = quota_of(class, name)
   local a = account_of(class, name, q)
-  a[1] = max(0, a[1] - 1)
+  a[1] = math.max(0, a[1] - 1)
   if q[2] == 1 then
-    a[2] = max(0, a[2] - lease[2])
+    a[2] = math.max(0, a[2] - lease[2])
     for i = 3, 4 do
       if q[4 * i - 1] > 0 then charge(a, i, q, tokens, class) end
     end
@@ -125,19 +125,19 @@ end
 local function reap(class, expiry, ttl, one)
   local due = get(class, 'm')
   if not one and (not due or now < tonumber(due)) then return end
-  for _, id in ipairs(one and {one} or call('ZRANGEBYSCORE', expiry, '-inf', now, 'LIMIT', 0, 100)) do
+  for _, id in ipairs(one and {one} or redis.call('ZRANGEBYSCORE', expiry, '-inf', now, 'LIMIT', 0, 100)) do
     local lease = lease_of(class, id)
     if lease and lease[1] == LIVE then
       close(class, lease[6], lease, lease[2])
       lease[1] = EXPIRED
       put_lease(class, id, lease)
-      call('ZADD', expiry, now + 2 * ttl, id)
+      redis.call('ZADD', expiry, now + 2 * ttl, id)
     else
       put(class, 'l:' .. id, false)
-      call('ZREM', expiry, id)
+      redis.call('ZREM', expiry, id)
     end
   end
-  local first = call('ZRANGE', expiry, 0, 0, 'WITHSCORES')
+  local first = redis.call('ZRANGE', expiry, 0, 0, 'WITHSCORES')
   put(class, 'm', first[2] or ('%.17g'):format(NEVER))
 end
 

@@ -9,7 +9,7 @@
 local pool, class, expiry, reply = KEYS[1], KEYS[2], KEYS[3], {}
 if tick(pool) then reap(class, expiry, tonumber(ARGV[2])) end
 
-local function left(at) return max(0, at - now) end
+local function left(at) return math.max(0, at - now) end
 
 local breaker = scope_of(pool, 'breaker')
 reply[1] = {breaker and breaker[3] or '', breaker and left(breaker[1]) or 0}
@@ -24,9 +24,9 @@ for n = 4, 3 + ARGV[3] do
     if rule > 0 then
       local used
       if rule == 1 then
-        used = q[4 * i + 2] - min(q[4 * i + 2], a[5 + 2 * i] + max(0, now - a[6 + 2 * i]) * q[4 * i + 1])
+        used = q[4 * i + 2] - math.min(q[4 * i + 2], a[5 + 2 * i] + math.max(0, now - a[6 + 2 * i]) * q[4 * i + 1])
       else
-        used = rule_of(q, i, class).used(a, i, q)
+        used = (windows or make_windows(class))[rule].used(a, i, q)
       end
       row[5 + i] = {('%.17g'):format(used), q[4 * i]}
     end

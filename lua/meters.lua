@@ -4,8 +4,9 @@
 --   2 sliding   q: period, slot                a: sum, entries; and a.logs[i]
 --   3 calendar  q: headroom, period (0: days)  a: used, start of the window in epoch ms
 -- Sliding: an exact log up to 100 entries; beyond that an entry's time is the end of its slot. The newest entry stands
--- apart: a.logs[i] = {head, before, at, amount, log}, where `log` has the older ones as pairs of varints (ms since the one
--- before, amount), `head` is the time before its first entry and `before` that of its last.
+-- apart: a.logs[i] = {head, before, at, amount, log}, where `log` has the older ones as pairs of varints (time since the one
+-- before, amount), `head` is the time before its first entry and `before` that of its last. A time since is twice the
+-- ms, or where it is a number of slots, twice that and one.
 
 local windows, stale_days
 
@@ -30,13 +31,19 @@ local function make_windows(class)
     end
   end
 
-  local function prune(a, i, period)
-    local m, place, x = a.logs[i], 1, 5 + 2 * i
+  -- The entry at a place of the log: time since the one before, amount, and the places of the amount and behind it.
+  local function entry(log, place, slot)
+    local delta, after = unvarint(log, place)
+    local amount, following = unvarint(log, after)
+    return delta % 2 == 0 and delta / 2 or (delta - 1) / 2 * slot, amount, after, following
+  end
+
+  local function prune(a, i, q)
+    local m, place, x, period, slot = a.logs[i], 1, 5 + 2 * i, q[4 * i + 1], q[4 * i + 2]
     while a[x + 1] > 1 do
-      local delta, after = unvarint(m[5], place)
+      local delta, amount, _, following = entry(m[5], place, slot)
       if m[1] + delta + period > now then break end
-      local amount
-      amount, place = unvarint(m[5], after)
+      place = following
       a[x], a[x + 1], m[1] = a[x] - amount, a[x + 1] - 1, m[1] + delta
     end
     if place > 1 then m[5] = m[5]:sub(place) end
@@ -68,36 +75,37 @@ local function make_windows(class)
         local m, place, period = a.logs[i], 1, q[4 * i + 1]
         local time = m[1]
         for _ = 2, a[6 + 2 * i] do
-          local delta, amount
-          delta, place = unvarint(m[5], place)
-          amount, place = unvarint(m[5], place)
-          time, over = time + delta, over - amount
+          local delta, amount, _, following = entry(m[5], place, q[4 * i + 2])
+          place, time, over = following, time + delta, over - amount
           if over <= 0 then return time + period end
         end
         return m[3] + period
       end,
       charge = function(a, i, q, n)
-        local m, x, at = prune(a, i, q[4 * i + 1]), 5 + 2 * i, now
+        local m, x, at, slot = prune(a, i, q), 5 + 2 * i, now, q[4 * i + 2]
         if n == 0 then return end
-        if a[x + 1] >= 100 then at = math.ceil(now / q[4 * i + 2]) * q[4 * i + 2] end
+        if a[x + 1] >= 100 then at = math.ceil(now / slot) * slot end
         a[x] = a[x] + n
         if a[x + 1] > 0 and m[3] >= at then
           m[4] = m[4] + n
           return
         end
         if a[x + 1] == 0 then m[1], m[2], m[5] = at, at, ''
-        else m[5], m[2] = m[5] .. varint(m[3] - m[2]) .. varint(m[4]), m[3] end
+        else
+          local since = m[3] - m[2]
+          since = since > 0 and since % slot == 0 and 2 * since / slot + 1 or 2 * since
+          m[5], m[2] = m[5] .. varint(since) .. varint(m[4]), m[3]
+        end
         a[x + 1], m[3], m[4] = a[x + 1] + 1, at, n
       end,
       amend = function(a, i, q, n, granted)
-        local m, x, place = prune(a, i, q[4 * i + 1]), 5 + 2 * i, 1
+        local m, x, place = prune(a, i, q), 5 + 2 * i, 1
         local time = m[1]
         for _ = 2, a[x + 1] do
-          local delta, after = unvarint(m[5], place)
-          local amount, following = unvarint(m[5], after)
+          local delta, amount, after, following = entry(m[5], place, q[4 * i + 2])
           time = time + delta
           if time >= granted then
-            local amended = max(0, amount + n)
+            local amended = math.max(0, amount + n)
             a[x] = a[x] + amended - amount
             m[5] = m[5]:sub(1, after - 1) .. varint(amended) .. m[5]:sub(following)
             return
@@ -105,7 +113,7 @@ local function make_windows(class)
           place = following
         end
         if a[x + 1] > 0 and m[3] >= granted then
-          local amended = max(0, m[4] + n)
+          local amended = math.max(0, m[4] + n)
           a[x], m[4] = a[x] + amended - m[4], amended
         end
       end,
@@ -114,10 +122,8 @@ local function make_windows(class)
         local m, sum, place, period = a.logs[i], a[5 + 2 * i], 1, q[4 * i + 1]
         local time = m[1]
         for _ = 2, a[6 + 2 * i] do
-          local delta, amount
-          delta, place = unvarint(m[5], place)
-          amount, place = unvarint(m[5], place)
-          time = time + delta
+          local delta, amount, _, following = entry(m[5], place, q[4 * i + 2])
+          place, time = following, time + delta
           if time + period <= now then sum = sum - amount end
         end
         return a[6 + 2 * i] > 0 and m[3] + period <= now and sum - m[4] or sum
@@ -141,7 +147,7 @@ local function make_windows(class)
         a[5 + 2 * i] = a[5 + 2 * i] + n
       end,
       amend = function(a, i, q, n, granted)
-        if window(q, i, granted) == a[6 + 2 * i] then a[5 + 2 * i] = max(0, a[5 + 2 * i] + n) end
+        if window(q, i, granted) == a[6 + 2 * i] then a[5 + 2 * i] = math.max(0, a[5 + 2 * i] + n) end
       end,
       used = function(a, i, q)
         return a[6 + 2 * i] < (window(q, i, now) or 0) and 0 or a[5 + 2 * i]
@@ -152,8 +158,6 @@ local function make_windows(class)
   windows = rules
   return rules
 end
-
-local function rule_of(q, i, class) return (windows or make_windows(class))[q[4 * i - 1]] end
 
 -- When the meter admits `n` beside what is `held`: a time, or nil where that has none. A request larger than a bucket
 -- but within the limit waits until the bucket is full. A calendar is judged as it will be at the time `at`.
@@ -170,7 +174,7 @@ local function ready(a, i, q, n, held, at, class)
     return a[6 + 2 * i] + math.ceil((need - level) / q[j + 1])
   end
   if n + held > q[j] then return nil end
-  return rule_of(q, i, class).ready(a, i, q, n + held, at)
+  return (windows or make_windows(class))[q[j - 1]].ready(a, i, q, n + held, at)
 end
 
 local function charge(a, i, q, n, class)
@@ -179,20 +183,8 @@ local function charge(a, i, q, n, class)
     local at = a[x + 1]
     local level = a[x]
     if now > at then level, a[x + 1] = level + (now - at) * q[j + 1], now end
-    a[x] = min(q[j + 2], level) - n
+    a[x] = math.min(q[j + 2], level) - n
   else
-    rule_of(q, i, class).charge(a, i, q, n)
-  end
-end
-
--- Change what a grant was charged, by `n`. In a window it goes to that of the grant; if that has gone, nowhere. A
--- bucket credits what its refill since the grant has not made good already.
-local function amend(a, i, q, n, granted, class)
-  if q[4 * i - 1] == 1 then
-    if n < 0 then n = -max(0, -n - q[4 * i + 1] * max(0, now - granted)) end
-    charge(a, i, q, n, class)
-    a[5 + 2 * i] = min(q[4 * i + 2], a[5 + 2 * i])
-  else
-    rule_of(q, i, class).amend(a, i, q, n, granted)
+    (windows or make_windows(class))[q[j - 1]].charge(a, i, q, n)
   end
 end

@@ -31,13 +31,12 @@
 -- plain grant does not need is therefore made when it is first used.
 
 local NEVER, POLL, EXAMINED, KEEP = 4503599627370496, 5000, 16, 172800000
-local call, max, min = redis.call, math.max, math.min
 local cells, changed = {}, {}
 local base, now
 
 -- Read fields of a hash, once; a field that is not there is false.
 local function load(key, fields)
-  local cell, got = cells[key] or {}, call('HMGET', key, unpack(fields))
+  local cell, got = cells[key] or {}, redis.call('HMGET', key, unpack(fields))
   cells[key] = cell
   for i = 1, #fields do
     if cell[fields[i]] == nil then cell[fields[i]] = got[i] end
@@ -63,9 +62,9 @@ local function flush()
     local set, sets = {}, 0
     for field, value in pairs(fields) do
       if value then set[sets + 1], set[sets + 2], sets = field, value, sets + 2
-      else call('HDEL', key, field) end
+      else redis.call('HDEL', key, field) end
     end
-    for i = 1, sets, 1000 do call('HSET', key, unpack(set, i, min(i + 999, sets))) end
+    for i = 1, sets, 1000 do redis.call('HSET', key, unpack(set, i, math.min(i + 999, sets))) end
   end
 end
 
@@ -75,7 +74,7 @@ end
 local function tick(pool)
   local meta, raw = get(pool, 'm'), tonumber(ARGV[1])
   if not raw then
-    local time = call('TIME')
+    local time = redis.call('TIME')
     raw = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   if not meta then

@@ -34,9 +34,9 @@ local function carry(a, i, old, new)
   if was == 1 then
     charge(a, i, old, 0, class)
     taken = math.ceil(old[4 * i + 2] - a[x])
-  elseif was > 1 then taken = rule_of(old, i, class).used(a, i, old) end
+  elseif was > 1 then taken = (windows or make_windows(class))[was].used(a, i, old) end
   if was == is and (is ~= 3 or old.tz == new.tz) then
-    if is == 1 then a[x] = min(a[x], new[4 * i + 2]) end
+    if is == 1 then a[x] = math.min(a[x], new[4 * i + 2]) end
     return
   end
   a.logs = a.logs or {}
@@ -48,7 +48,7 @@ end
 local members, moved, plain = cjson.decode(ARGV[6]), 0, 1
 for first = 1, #members, 500 do
   local fields, row, scores = {}, {}, {}
-  local last = min(first + 499, #members)
+  local last = math.min(first + 499, #members)
   for m = first, last do
     fields[#fields + 1] = 'q:' .. members[m][1]
     fields[#fields + 1] = 'a:' .. members[m][1]
@@ -72,7 +72,7 @@ for first = 1, #members, 500 do
     scores[#scores + 1] = 0; scores[#scores + 1] = account
   end
   rows[#rows + 1] = row
-  call('ZADD', index, 'NX', unpack(scores))
+  redis.call('ZADD', index, 'NX', unpack(scores))
 end
 if moved > 0 then
   revision = revision + 1
@@ -81,7 +81,7 @@ if moved > 0 then
 end
 put(class, 'r:' .. ARGV[2], struct.pack('<ddd', revision, now, plain))
 finish(class)
-if plain == 0 then for _, row in ipairs(rows) do call('HSET', ring, unpack(row)) end end
-call('ZADD', expiry, NEVER, '')   -- it is never empty, and so never loses its PEXPIRE
-for i = 1, #KEYS do call('PEXPIRE', KEYS[i], KEEP) end
+if plain == 0 then for _, row in ipairs(rows) do redis.call('HSET', ring, unpack(row)) end end
+redis.call('ZADD', expiry, NEVER, '')   -- it is never empty, and so never loses its PEXPIRE
+for i = 1, #KEYS do redis.call('PEXPIRE', KEYS[i], KEEP) end
 return {epoch, moved}

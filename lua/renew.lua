@@ -17,7 +17,7 @@ for i = 4, #ARGV do
   end
   if lease and lease[1] == LIVE then
     renewed = 1
-    lease[4] = max(lease[4], min(now + ttl, lease[3] + longest))
+    lease[4] = math.max(lease[4], math.min(now + ttl, lease[3] + longest))
     put_lease(class, id, lease)
     watch(class, expiry, id, lease[4])
     for _, field in ipairs(lease[5] == 1 and {'breaker', 'a:' .. lease[6], 'k:' .. lease[7]} or {}) do

@@ -14,6 +14,18 @@ load(class, {'m', 'q', 'l:' .. ARGV[3], 'a:' .. ARGV[4], 'q:' .. ARGV[4], 's:' .
 local known = tick(pool)
 if known then reap(class, expiry, ttl) end
 
+-- Change what a grant was charged, by `n`. In a window it goes to that of the grant; if that has gone, nowhere. A
+-- bucket credits what its refill since the grant has not made good already.
+local function amend(a, i, q, n, granted, class)
+  if q[4 * i - 1] == 1 then
+    if n < 0 then n = -math.max(0, -n - q[4 * i + 1] * math.max(0, now - granted)) end
+    charge(a, i, q, n, class)
+    a[5 + 2 * i] = math.min(q[4 * i + 2], a[5 + 2 * i])
+  else
+    (windows or make_windows(class))[q[4 * i - 1]].amend(a, i, q, n, granted)
+  end
+end
+
 -- An expired lease has been counted; only what it used beyond its reservation is still to be charged.
 local function count_late(lease, account, tokens)
   local q = quota_of(class, account)
@@ -38,7 +50,7 @@ local function count(lease, account, unsent, tokens)
   end
   if sooner then
     local at = earliest(a, q, 0, class)
-    call('ZADD', index, 'XX', 'LT', at <= now and 0 or at, account)
+    redis.call('ZADD', index, 'XX', 'LT', at <= now and 0 or at, account)
   end
 end
 
@@ -56,7 +68,7 @@ for i = 3, #ARGV, 8 do
     if lease[1] == LIVE then count(lease, account, outcome == 'unsent', tokens)
     elseif tokens and tokens > lease[2] then count_late(lease, account, tokens) end
     put(class, 'l:' .. id, false)
-    call('ZREM', expiry, id)
+    redis.call('ZREM', expiry, id)
     reply[n + 2] = conclude(id, lease, account, lease[7], ARGV[i + 3], outcome, ARGV[i + 6], tonumber(ARGV[i + 7]), index)
   elseif known and not lease then
     put_lease(class, id, {TOMB, 0, 0, 0, 0, '', ''})

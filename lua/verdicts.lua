@@ -14,7 +14,7 @@ local function make_verdicts(index)
   -- Put a scope out; twice as long where its own probe says the same again.
   local function put_out(field, scope, reason, id, shortest, longest)
     if scope[1] > 0 and scope[4] ~= id then return end
-    scope[2] = scope[1] > 0 and min(longest, scope[2] * 2) or shortest
+    scope[2] = scope[1] > 0 and math.min(longest, scope[2] * 2) or shortest
     scope[1], scope[3], scope[4], scope[5] = now + scope[2], reason, false, 0
     save(field, scope)
   end
@@ -25,6 +25,12 @@ local function make_verdicts(index)
   local function heal_key(field, k)
     k[1], k[2], k[3], k[4], k[5], k[6] = 0, 0, '', false, 0, 0
     save(field, (k[7] or k[8]) and k)
+  end
+
+  -- Who returns unasked stands far behind in the index of every ring: they are zeroed, as after an admin's change.
+  local function renew_indexes()
+    local meta = get(pool, 'm')
+    put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', struct.unpack('<d', meta, 25) + 1) .. meta:sub(33))
   end
 
   -- The lease was a probe: what it probed is well, or nothing has been learned.
@@ -95,9 +101,9 @@ local function make_verdicts(index)
       wait = tonumber(wait)
       if not wait then
         if lease[3] >= a[5] then a[4], a[5] = a[4] + 1, now end
-        wait = min(60000, 1000 * 2 ^ (max(1, a[4]) - 1))
+        wait = math.min(60000, 1000 * 2 ^ (math.max(1, a[4]) - 1))
       end
-      a[3] = max(a[3], now + math.floor(wait * (1 + jitter / 10)))
+      a[3] = math.max(a[3], now + math.floor(wait * (1 + jitter / 10)))
       touched[account] = true
     end,
 
@@ -119,11 +125,16 @@ local function make_verdicts(index)
         elseif not accounts[entry[2]] then accounts[entry[2]], differing = true, differing + 1 end
       end
       save('auth', seen)
-      if differing >= min(3, call('ZCARD', index)) then
+      if differing >= math.min(3, redis.call('ZCARD', index)) then
+        local returned = false
         for other in pairs(seen) do
           local k = scope_of(pool, 'k:' .. other)
-          if k and (k[1] == 0 or k[3] == 'invalid_api_key') then heal_key('k:' .. other, k) end
+          if k and (k[1] == 0 or k[3] == 'invalid_api_key') then
+            returned = returned or k[1] > 0
+            heal_key('k:' .. other, k)
+          end
         end
+        if returned then renew_indexes() end
         end_probe(id, account, key, false)
         return 'fault'
       end

@@ -1,7 +1,7 @@
 """openai clients for the `client` parameter: copies bound to a key, on one connection pool a process or loop.
 
 A client made anew costs a TLS context; a copy of one shares it (the README has the figures). The clients are made
-when they are first used, and anew in a forked child; those of loops that are closed are forgotten. They do not retry
+when they are first used, and anew in a forked child; that of a loop is closed with the loop. They do not retry
 by themselves, since the broker would not see those attempts; closing a copy closes nothing.
 """
 
@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stable_openai._keys import Key
 
+if TYPE_CHECKING:
+    from stable_openai._loops import PerLoop
+
 __all__ = ["client_for", "shared_client"]
 
-_bases: dict[Any, tuple[Any, Any]] = {}
 _mutex = threading.Lock()
+_of_process: list[Any] = []
+_of_loops: list[PerLoop] = []
 
 
 def client_for(key: Key, is_async: bool) -> Any:
@@ -29,20 +33,17 @@ def client_for(key: Key, is_async: bool) -> Any:
 
 def shared_client(is_async: bool) -> Any:
     """The client of this process, or of the running event loop, whose connections all copies share."""
-    loop = None
     if is_async:
-        import asyncio
+        if not _of_loops:
+            from stable_openai._loops import PerLoop
 
-        loop = asyncio.get_running_loop()
-    known = _bases.get(id(loop))
-    if known is None or known[0] is not loop:
+            _of_loops.append(PerLoop(lambda: _make(True), lambda client: client._client.aclose()))
+        return _of_loops[0].get()
+    if not _of_process:
         with _mutex:
-            known = _bases.get(id(loop))
-            if known is None or known[0] is not loop:
-                for stale in [name for name, (of, _) in _bases.items() if of is not None and of.is_closed()]:
-                    del _bases[stale]
-                known = _bases[id(loop)] = (loop, _make(is_async))
-    return known[1]
+            if not _of_process:
+                _of_process.append(_make(False))
+    return _of_process[0]
 
 
 def _make(is_async: bool) -> Any:
@@ -64,7 +65,8 @@ def _make(is_async: bool) -> Any:
 def _after_fork_in_child() -> None:
     global _mutex
     _mutex = threading.Lock()
-    _bases.clear()
+    _of_process.clear()
+    _of_loops.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from time import monotonic
@@ -16,7 +17,7 @@ from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict
 from stable_openai._worker import Request
 from stable_openai.errors import ConfigurationError
-from stable_openai.manager import KeyManager, default_manager
+from stable_openai.manager import KeyManager, check_number, default_manager
 
 __all__ = ["INJECTED", "stable"]
 
@@ -98,6 +99,15 @@ class Decorated:
         if not callable(function):
             raise ConfigurationError("stable", "decorates a function; its options are given by name")
         self.function = function
+        if manager is not None and not isinstance(manager, KeyManager):
+            raise ConfigurationError("manager", "must be a KeyManager")
+        if tokens is not None and not callable(tokens) and (type(tokens) is not int or tokens < 0):
+            raise ConfigurationError("tokens", "must be a whole number, 0 or more, or a function of the arguments")
+        if max_wait is not None:
+            check_number("max_wait", max_wait, 0, math.inf)
+        for name, strategy in (("stop", stop), ("wait", wait), ("classify", classify)):
+            if strategy is not None and not callable(strategy):
+                raise ConfigurationError(name, "must be a function")
         self.signature = inspect.signature(function)
         parameters = self.signature.parameters
         self.injected = tuple(name for name in PROVIDED if name in parameters and _by_name(parameters[name]))

@@ -95,7 +95,10 @@ def drive_generator(
                 value = Raised(error)
         elif kind is Deliver:
             assert inner is not None
-            value = yield from _deliver(inner, first)
+            try:
+                value = yield from _deliver(inner, first)
+            except GeneratorExit as error:  # closed, and the inner one with it
+                value = Raised(error)
         elif kind is Sleep:
             value = None
             sleep(worker, effect)
@@ -117,15 +120,17 @@ def _deliver(inner: Generator[Any, Any, Any], item: Any) -> Generator[Any, Any, 
         while True:
             try:
                 sent = yield item
-            except GeneratorExit as error:
+            except GeneratorExit:
                 inner.close()
-                return Raised(error)
+                raise
             except BaseException as error:
                 item = inner.throw(error)
             else:
                 item = inner.send(sent)
     except StopIteration as stop:
         return Returned(stop.value)
+    except GeneratorExit:
+        raise
     except BaseException as error:
         return Raised(error)
 

@@ -36,6 +36,7 @@ MOVES = 8
 POLL_S = 5.0
 SHORTEST_S = 0.02
 ASK_AGAIN_S = 1.0
+NO_OUTAGE = ("408", "409")  # they are about the request: the breaker does not count them
 
 
 class Attempt(NamedTuple):
@@ -89,13 +90,20 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
     error: BaseException | None = None
     while True:
         now, lease = yield from obtain(worker, request, avoid, now, deadline, error)
-        if missing and lease.account in missing and error:  # no other account is left to ask
+        if lease.account in missing and error:
             yield from worker.settle(request, lease, "unsent")
-            return Raised(error)
-        now, outcome = yield Attempt(lease)
-        started = type(outcome) is Started
-        if started:
-            now, outcome = yield Deliver()
+            if missing.issuperset(avoid):  # no other account is left to ask
+                return Raised(error)
+            avoid = tuple(sorted(missing))  # rather the one that failed again than one that does not know the model
+            continue
+        try:
+            now, outcome = yield Attempt(lease)
+            started = type(outcome) is Started
+            if started:
+                now, outcome = yield Deliver()
+        except GeneratorExit:  # the driver was closed or dropped, maybe by the garbage collector: no I/O
+            worker.abandon(request, lease, "neutral", report()[0])
+            raise
         tokens, verdict = report()
         if type(outcome) is Returned:
             yield from worker.settle(request, lease, *outcome_of(verdict), tokens=tokens)
@@ -104,7 +112,12 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
         if isinstance(error, GeneratorExit):  # closed or dropped: maybe by the garbage collector, so without I/O
             worker.abandon(request, lease, "neutral", tokens)
             return outcome
-        verdict = verdict or verdict_of(error, policy.classify)
+        try:
+            verdict = verdict or verdict_of(error, policy.classify)
+        except Exception as mistake:  # in the user's classify: the lease must not stay open for it
+            redact(mistake)
+            yield from worker.settle(request, lease, "neutral", tokens=tokens)
+            raise mistake from error
         redact(error)
         advice = yield from worker.settle(request, lease, *outcome_of(verdict), tokens=tokens)
         worker.note(lease, verdict, advice)
@@ -115,7 +128,8 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
                 missing.add(lease.account)
             if len(missing) >= 3:
                 return outcome
-        avoid = tuple({*avoid, lease.account}) if verdict.action == "move" else (lease.account,)
+        passed = avoid if verdict.action == "move" else sorted(missing)
+        avoid = tuple(dict.fromkeys((*passed, lease.account)))
         moves += verdict.action == "move"
         if verdict.action == "move" and moves <= MOVES:
             continue
@@ -123,7 +137,8 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
         pause = _pause(policy, began, now, attempts, error)
         if pause is None:
             return outcome
-        pause = max(pause, verdict.wait_s or 0.0)
+        if verdict.action == "retry":  # after a move the wait is only that of the account that was refused
+            pause = max(pause, verdict.wait_s or 0.0)
         if now + pause > deadline:
             return outcome
         if pause > 0:
@@ -207,6 +222,8 @@ def outcome_of(verdict: Verdict | None) -> tuple[str, str]:
         return "unsent", verdict.reason
     if verdict.outcome == "limited":
         return "limited", "" if verdict.wait_s is None else str(round(verdict.wait_s * 1000))
+    if verdict.outcome == "failed" and verdict.reason in NO_OUTAGE:
+        return "failed", ""
     return verdict.outcome, verdict.reason
 
 

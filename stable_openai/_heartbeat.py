@@ -32,13 +32,17 @@ class Heartbeat:
     def begin_life(self) -> None:
         self._mutex = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._sooner = threading.Event()
+        self._pause = 0.0
 
     def serve(self, worker: Worker, run: Callable[[Generator[Any, Any, Any]], Any]) -> None:
         """Serve this worker from now on; `run` drives its steps."""
         self._runs[worker] = run
 
     def watch(self, worker: Worker) -> None:
-        """The worker has something to do: there must be a thread."""
+        """The worker has something to do: there must be a thread, and it must not sleep for longer than that."""
+        if self._pause > worker.ttl_ms / 3000:
+            self._sooner.set()
         if self._thread is None:
             with self._mutex:
                 if self._thread is None:
@@ -47,8 +51,12 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while True:
-            pause = min((worker.ttl_ms / 3000 for worker in tuple(self._runs)), default=0.0)
-            time.sleep(min(pause, 1.0) if any(worker.pending for worker in tuple(self._runs)) else pause)
+            busy = [worker for worker in tuple(self._runs) if worker.live or worker.pending]
+            pauses = [1.0 if worker.pending else worker.ttl_ms / 3000 for worker in busy]
+            self._pause = min(pauses, default=0.0)
+            if self._sooner.wait(self._pause):
+                self._sooner.clear()
+                continue
             for worker, run in tuple(self._runs.items()):
                 try:
                     run(worker.flush())

@@ -6,10 +6,8 @@ else. Redis, logs and messages know a key by its fingerprint and its name.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
-from urllib.parse import urlsplit
 
 from stable_openai._limits import Limits
 from stable_openai.errors import ConfigurationError
@@ -73,16 +71,26 @@ class Key:
     ) -> None:
         if not isinstance(secret, str) or not secret.strip():
             raise ConfigurationError("key", "is empty; give the API key as a string such as 'sk-...'")
-        if secret != secret.strip() or not secret.isprintable():
+        if " " in secret or not secret.isprintable():
             raise ConfigurationError("key", "has white space or control characters around or inside it; strip them")
+        if not secret.isascii():  # no HTTP header can carry it
+            raise ConfigurationError("key", "has characters that are not ASCII; copy it again")
         if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= 1000:
             raise ConfigurationError("weight", "must be a whole number from 1 to 1000")
-        if account is not None and (not account or "\n" in account):
-            raise ConfigurationError("account", "must be a name of one line, or left out")
+        for field, label in (("name", name), ("account", account)):
+            if label is not None and (not isinstance(label, str) or not label or "\n" in label):
+                raise ConfigurationError(field, "must be a name of one line, or left out")
+            if label is not None and secret in label:  # it is shown, and known to Redis
+                raise ConfigurationError(field, "holds the key itself; use a name that may be shown")
         if isinstance(models, str):
             raise ConfigurationError("models", f"must be a list of names; write [{models!r}]")
+        models = None if models is None else tuple(models)
+        if models is not None and not all(isinstance(model, str) and model for model in models):
+            raise ConfigurationError("models", "must be a list of names or patterns such as 'gpt-4o*'")
         if limits is not None and not isinstance(limits, Limits):
             raise ConfigurationError("limits", "must be a Limits(...)")
+        import hashlib  # here, so that importing the package stays quick
+
         self.secret = Secret(secret)
         self.base_url = normalise_url(base_url)
         identity = f"{self.base_url or ''}\0{secret}".encode()
@@ -90,7 +98,7 @@ class Key:
         self.name = name or self.fingerprint
         self.account = account or self.fingerprint
         self.limits = limits
-        self.models = None if models is None else tuple(models)
+        self.models = models
         self.weight = weight
 
     def __repr__(self) -> str:
@@ -104,13 +112,19 @@ def normalise_url(url: str | None) -> str | None:
     """The URL with its scheme and host in lower case, without a default port or a slash at the end."""
     if url is None:
         return None
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host = None
+    from urllib.parse import urlsplit  # here, so that importing the package stays quick
+
+    host = None
+    if isinstance(url, str) and url.isprintable() and " " not in url:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:
+            pass
     if not host or parts.scheme.lower() not in ("http", "https"):
         raise ConfigurationError("base_url", "cannot be parsed; write it as 'https://host/v1'")
+    if "@" in parts.netloc:
+        raise ConfigurationError("base_url", "holds a user name or password, which the API key takes the place of")
     scheme = parts.scheme.lower()
     if ":" in host:
         host = f"[{host}]"

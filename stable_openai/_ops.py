@@ -12,8 +12,6 @@ dataclasses because some are made for every attempt, and a frozen dataclass take
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +45,9 @@ class Registration:
         self.quotas = tuple(quotas)
         self.members = tuple(members)
         self.zones = sorted({quota[-1] for quota in quotas if quota[-1]})
+        import hashlib  # here, so that importing the package stays quick
+        import json
+
         text = json.dumps([model_class, self.quotas, self.members])
         self.ring = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         tag = f"stable:{{{pool}}}"
@@ -214,6 +215,8 @@ def _text(value: Any) -> str:
 
 
 def _register(op: Register, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    import json
+
     to = op.to
     members = [
         [member.account, member.quota + 1, member.weight, *(part for key in member.keys for part in key)]

@@ -17,7 +17,6 @@ A move takes another key at once and is not an attempt; a retry is one. "fatal" 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,8 +58,12 @@ ACCOUNT_CODES = (
     "project_spend_limit_exceeded",
     "account_deactivated",
 )
+ORGANIZATION_CODE = re.compile(r"organization_\w+_limit_exceeded")
 RATE_CODES = ("rate_limit_exceeded", "slow_down")
+RATE_TYPES = ("requests", "tokens")
 POOL_CODES = ("ip_not_authorized", "unsupported_country_region_territory")
+# The status that an error event's code or type would have come with, had it come before the stream.
+EVENTS = ((RATE_CODES, 429), (("model_not_found",), 404), (("server_error",), 500))
 
 # Types, by name, so that neither openai nor an HTTP library need be imported to know them.
 NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
@@ -81,7 +84,7 @@ def judge(error: BaseException) -> Verdict:
     if status is None and response is not None:
         status = getattr(response, "status_code", None)
     if not isinstance(status, int):
-        return _transport(error)
+        return _event(error) or _transport(error)
     headers = getattr(response, "headers", None)
     return verdict_of_response(
         status,
@@ -109,7 +112,7 @@ def verdict_of_response(
 
     if code in POOL_CODES:
         return Verdict("neutral", "raise", code)
-    if code in ACCOUNT_CODES or re.fullmatch(r"organization_\w+_limit_exceeded", code):
+    if code in ACCOUNT_CODES or ORGANIZATION_CODE.fullmatch(code):
         return Verdict("account", "move", code)
     if code == "model_not_found" and status in (403, 404):
         return Verdict("model", "move", code)
@@ -135,7 +138,22 @@ def verdict_of_response(
 
 
 def _too_large(details: Mapping[Any, Any]) -> bool:
-    return "request too large" in str(details.get("message", "")).lower()
+    told = details.get("code") in RATE_CODES or details.get("type") in RATE_TYPES
+    return told and "request too large" in str(details.get("message", "")).lower()
+
+
+def _event(error: Exception) -> Verdict | None:
+    """An error event inside a stream: openai raises it without a response, so that its code, then its type, decides
+    what its status would have been. None where neither is known."""
+    details = getattr(error, "body", None)
+    if not isinstance(details, Mapping):
+        return None
+    code = details.get("code")
+    code = code if isinstance(code, str) else ""
+    status = next((status for codes, status in EVENTS if code in codes or details.get("type") in codes), None)
+    if status is None and code not in ACCOUNT_CODES and not ORGANIZATION_CODE.fullmatch(code):
+        return None
+    return verdict_of_response(status or 429, {}, details, message=str(error))
 
 
 def _transport(error: Exception) -> Verdict:
@@ -158,6 +176,8 @@ def _transport(error: Exception) -> Verdict:
 
 def _harmless(error: Exception) -> bool:
     """Whether doing the request twice does no harm; where it cannot be told, it does."""
+    import json  # here, so that importing the package stays quick
+
     try:
         request = error.request  # type: ignore[attr-defined]
         path = str(request.url.path).rstrip("/")
@@ -178,7 +198,7 @@ def _wait(headers: Mapping[str, str], message: str) -> float | None:
         except (TypeError, ValueError):
             continue
     if wait is None:
-        found = re.search(r"try again in ((?:[\d.]+(?:ms|[smhd]))+)", message)
+        found = re.search(r"try again in ((?:[\d.]+(?:ms|[smhd]))+)", message, re.IGNORECASE)
         if found:
             units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
             parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smhd])", found.group(1))
@@ -205,7 +225,7 @@ def redact(error: BaseException) -> None:
                         headers[name] = "[redacted]"
                 except Exception:
                     continue
-        todo += (link.__cause__, link.__context__)
+        todo += (link.__cause__, link.__context__, *getattr(link, "exceptions", ()))  # a group's, such as a TaskGroup's
 
 
 def _request_of(holder: object) -> object:

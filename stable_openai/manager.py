@@ -6,23 +6,25 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from stable_openai._drive import adrive, drive
 from stable_openai._heartbeat import heartbeat
 from stable_openai._keys import Key, as_keys
 from stable_openai._lease import Lease
 from stable_openai._limits import Limits
-from stable_openai._status import Status, key_states
 from stable_openai._verdict import Verdict
 from stable_openai._worker import Request, Steps, Worker, runs_under_a_forking_server
-from stable_openai.backends.memory import MemoryBackend
 from stable_openai.errors import ConfigurationError, NoKeys
+
+if TYPE_CHECKING:
+    from stable_openai._status import Status
 
 __all__ = ["KeyManager", "default_manager"]
 
 _open: list[KeyManager] = []
 _registry = threading.Lock()
+_making = threading.Lock()
 NO_MODEL = "-"
 
 
@@ -80,18 +82,20 @@ class KeyManager:
             redis = redis or os.environ.get("STABLE_OPENAI_REDIS") or None
             pool = pool or os.environ.get("STABLE_OPENAI_POOL")
         pool = "default" if pool is None else pool
-        if not pool or not all(char.isascii() and (char.isalnum() or char in "_.-") for char in pool):
+        if not (isinstance(pool, str) and pool and all(c.isascii() and (c.isalnum() or c in "_.-") for c in pool)):
             raise ConfigurationError("pool", "must be made of letters, digits, '_', '.' and '-'")
         if on_redis_down not in ("local", "wait", "raise"):
             raise ConfigurationError("on_redis_down", "is unknown; use 'local', 'wait' or 'raise'")
-        _check_number("lease_ttl", lease_ttl, 1, 3600)
-        _check_number("max_wait", max_wait, 0, math.inf)
-        _check_number("headroom_s", headroom_s, 0, 10)
+        check_number("lease_ttl", lease_ttl, 1, 3600)
+        check_number("max_wait", max_wait, 0, math.inf)
+        check_number("headroom_s", headroom_s, 0, 10)
         if limits is not None and not isinstance(limits, Limits):
             raise ConfigurationError("limits", "must be a Limits(...)")
-        for name, value in (models or {}).items():
-            if not isinstance(name, str) or not isinstance(value, Limits):
-                raise ConfigurationError("models", "must map names or patterns of models to Limits(...)")
+        if models is not None and not (
+            isinstance(models, Mapping)
+            and all(isinstance(name, str) and isinstance(value, Limits) for name, value in models.items())
+        ):
+            raise ConfigurationError("models", "must map names or patterns of models to Limits(...)")
         self.pool = pool
         self.max_wait = max_wait
         self._worker = Worker(
@@ -105,6 +109,8 @@ class KeyManager:
         )
         self._backend: Any
         if redis is None:
+            from stable_openai.backends.memory import MemoryBackend
+
             self._backend = MemoryBackend()
             self._worker.warn_once = runs_under_a_forking_server()
         else:
@@ -133,11 +139,19 @@ class KeyManager:
 
     def request(self, model: str | None = None, tokens: int | None = None, max_wait: float | None = None) -> Request:
         """What a call asks for, with this manager's defaults. For those who build on this package."""
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 0):
+            raise ConfigurationError("tokens", "must be a whole number, 0 or more")
+        self._needs_keys()
         return Request(model or NO_MODEL, tokens or 0, self.max_wait if max_wait is None else max_wait)
 
     def counts_tokens(self, model: str | None) -> bool:
         """Whether the limits of a model count tokens."""
+        self._needs_keys()
         return self._worker.counts_tokens(model or NO_MODEL)
+
+    def _needs_keys(self) -> None:
+        if not self._worker.keys:
+            raise NoKeys(f"no keys are left in pool {self.pool!r}", keys={}, retry_after=None, reason="removed")
 
     def lease(
         self,
@@ -157,10 +171,16 @@ class KeyManager:
 
         Entering it raises Exhausted, NoKeys, RequestTooLarge or BrokerUnavailable.
         """
+        if max_wait is not None:
+            check_number("max_wait", max_wait, 0, math.inf)
         return Lease(self._worker, self._backend, self.request(model, tokens, max_wait), classify=classify)
 
     def _status(self) -> Steps:
+        from stable_openai._status import Status, key_states
+
         worker = self._worker
+        if not worker.keys:
+            return Status(self.pool, self._kind, "", 0.0, ())
         if not worker.registrations():
             worker.registration(NO_MODEL)
         seen = []
@@ -226,7 +246,7 @@ class KeyManager:
 
     def _disable(self, key: str | Key, seconds: float | None) -> Steps:
         if seconds is not None:
-            _check_number("seconds", seconds, 0, 10**9)
+            check_number("seconds", seconds, 0, 10**9)
         ms = None if seconds is None else math.ceil(seconds * 1000)
         yield from self._worker.admin("disable", self._find(key), ms)
 
@@ -267,8 +287,6 @@ class KeyManager:
 
     def get_key(self) -> str:
         """A key's secret, for one request now; waits for one. Prefer `lease()`, which sees what comes of it."""
-        if not self._worker.keys:
-            raise NoKeys("no keys are left", keys={}, retry_after=None, reason="removed")
         with self.lease() as lease:
             return lease.api_key
 
@@ -284,15 +302,10 @@ class KeyManager:
 
     def get_min_ttl(self) -> float:
         """Seconds until the first key may be used; 0 where one may be now, or where there are none."""
-        waits = (
-            [math.inf if key.seconds is None else key.seconds for key in self.status().keys]
-            if self._worker.keys
-            else []
-        )
-        return min(waits, default=0)
+        return min((math.inf if key.seconds is None else key.seconds for key in self.status().keys), default=0)
 
 
-def _check_number(name: str, value: object, least: float, most: float) -> None:
+def check_number(name: str, value: object, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ConfigurationError(name, f"must be a number of seconds from {least:g} to {most:g}")
 
@@ -311,16 +324,22 @@ def default_manager() -> KeyManager:
     manager = find_default()
     if manager is not None:
         return manager
-    with _registry:
-        names = sorted({manager.pool for manager in _open})
-    if names:
-        raise ConfigurationError("manager", f"several pools are open ({', '.join(names)}); write @stable(manager=...)")
-    return KeyManager()
+    with _making:  # threads that come at once are given the same one
+        manager = find_default()
+        if manager is not None:
+            return manager
+        with _registry:
+            names = sorted({manager.pool for manager in _open})
+        if names:
+            raise ConfigurationError(
+                "manager", f"several pools are open ({', '.join(names)}); write @stable(manager=...)"
+            )
+        return KeyManager()
 
 
 def _after_fork_in_child() -> None:
-    global _registry
-    _registry = threading.Lock()
+    global _registry, _making
+    _registry, _making = threading.Lock(), threading.Lock()
     for manager in _open:
         manager._worker.begin_life()
         manager._worker.warn_once = manager._backend.local

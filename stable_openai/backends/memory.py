@@ -38,7 +38,7 @@ from stable_openai._ops import (
     TooLarge,
 )
 from stable_openai.backends.meters import POLL, Bucket, Calendar, Meter, make_meter
-from stable_openai.backends.scopes import KeyScope, Scope, Verdicts
+from stable_openai.backends.scopes import KeyScope, Scope, conclude
 
 __all__ = ["MemoryBackend"]
 
@@ -413,7 +413,7 @@ class MemoryBackend:
             if open_at is None:
                 return Refused(POLL, pool.breaker.reason, False)
             if open_at > now:
-                return Refused(open_at - now, pool.breaker.reason, True)
+                return Refused(open_at - now, pool.breaker.reason, False)
         best, why, loose, bounded, last = NEVER, "", False, False, 0.0
         first_try = True
         candidates = [(score, name) for name in ask.wanted if (score := ring.index.scores.get(name)) is not None]
@@ -494,7 +494,8 @@ class MemoryBackend:
             return Settled(2, "")
         if lease.state == LIVE and lease.expires <= pool.now:
             self._expire(known, [closing.id], ttl)
-        closing = closing._replace(account=lease.account, key=lease.key)
+        if closing.account != lease.account or closing.key != lease.key:
+            closing = closing._replace(account=lease.account, key=lease.key)
         late = lease.state == EXPIRED
         if not late:
             self._count(pool, known, index, lease, closing)
@@ -505,7 +506,7 @@ class MemoryBackend:
                     meter.amend(closing.tokens - lease.tokens, lease.granted, pool.now)
         del known.leases[closing.id]
         known.expiry.drop(closing.id)
-        return Settled(int(late), Verdicts(pool, known, len(index.order)).conclude(closing, lease))
+        return Settled(int(late), conclude(pool, known, len(index.order), closing, lease))
 
     def _count(self, pool: Pool, known: ModelClass, index: Index, lease: Lease, closing: Closing) -> None:
         unsent, tokens = closing.outcome == "unsent", closing.tokens

@@ -24,6 +24,7 @@ import redis.cluster
 import redis.sentinel
 from redis.backoff import NoBackoff
 
+from stable_openai._loops import PerLoop
 from stable_openai._ops import decode, encode
 from stable_openai.errors import BrokerUnavailable, ConfigurationError
 
@@ -71,7 +72,7 @@ class RedisBackend:
         self._now: Callable[[], str] = (lambda: str(now())) if now else str
         self._mutex = threading.Lock()
         self._client: Any = None
-        self._loops: dict[int, tuple[Any, Any]] = {}
+        self._clients = PerLoop(lambda: self._make(redis.asyncio), lambda client: client.aclose())
 
     def run(self, op: Any) -> Any:
         """The reply to an operation. Raises BrokerUnavailable when Redis cannot be reached in time."""
@@ -96,7 +97,7 @@ class RedisBackend:
 
     async def arun(self, op: Any) -> Any:
         """The same on the running event loop."""
-        client = self._async_client()
+        client = self._clients.get()
         verb, keys, args = encode(op, self._now())
         text, sha = script(verb)
         started = time.monotonic()
@@ -126,16 +127,6 @@ class RedisBackend:
                 self._client = self._make(redis)
             return self._client
 
-    def _async_client(self) -> Any:
-        """The client of the running event loop; those of loops that are closed are forgotten."""
-        loop = asyncio.get_running_loop()
-        known = self._loops.get(id(loop))
-        if known is None or known[0] is not loop:
-            with self._mutex:
-                self._loops = {key: pair for key, pair in self._loops.items() if not pair[0].is_closed()}
-                known = self._loops[id(loop)] = (loop, self._make(redis.asyncio))
-        return known[1]
-
     def close(self) -> None:
         """Close the connections of threads."""
         with self._mutex:
@@ -145,18 +136,14 @@ class RedisBackend:
 
     async def aclose(self) -> None:
         """Close those of the running event loop, and of threads."""
-        loop = asyncio.get_running_loop()
-        with self._mutex:
-            known = self._loops.pop(id(loop), None)
-        if known:
-            await known[1].aclose()
+        await self._clients.aclose()
         self.close()
 
     def after_fork(self) -> None:
         """In a child: sockets of the parent's are dropped, unused."""
         self._mutex = threading.Lock()
         self._client = None
-        self._loops = {}
+        self._clients = PerLoop(self._clients._make, self._clients._close)
 
 
 def unavailable(error: Exception) -> BrokerUnavailable:

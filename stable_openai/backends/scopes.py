@@ -10,7 +10,7 @@ from stable_openai._ops import Closing
 if TYPE_CHECKING:
     from stable_openai.backends.memory import Lease, ModelClass, Pool
 
-__all__ = ["KeyScope", "Scope", "Verdicts"]
+__all__ = ["KeyScope", "Scope", "conclude"]
 
 PROBE_FIRST, PROBE_LAST = 900_000, 86_400_000
 AUTH_WINDOW, BREAKER_WINDOW, BREAKER_FAILURES = 60_000, 10_000, 5
@@ -42,25 +42,28 @@ class KeyScope(Scope):
         self.models: dict[str, int] = {}
 
 
+def conclude(pool: Pool, known: ModelClass, ring_size: int, closing: Closing, lease: Lease) -> str:
+    """What follows from the outcome of a lease; returns the advice to who settled."""
+    if closing.outcome == "ok":
+        account = known.accounts.get(closing.account)
+        if account and account.refusals:
+            account.refusals = 0
+        served = known.served.get(closing.model)
+        if served is None:
+            served = known.served[closing.model] = []
+        if closing.account not in served and len(served) < 2:
+            served.append(closing.account)
+        if not (pool.auth or pool.breaker or pool.accounts or pool.keys):
+            return ""
+    advice: str = getattr(Verdicts(pool, known, ring_size), "_" + closing.outcome)(closing, lease) or ""
+    return advice
+
+
 class Verdicts:
-    """What follows from the outcome of one lease."""
+    """The outcomes, one a method."""
 
     def __init__(self, pool: Pool, known: ModelClass, ring_size: int) -> None:
         self.pool, self.known, self.ring_size = pool, known, ring_size
-
-    def conclude(self, closing: Closing, lease: Lease) -> str:
-        if closing.outcome == "ok":
-            account = self.known.accounts.get(closing.account)
-            if account and account.refusals:
-                account.refusals = 0
-            served = self.known.served.setdefault(closing.model, [])
-            if closing.account not in served and len(served) < 2:
-                served.append(closing.account)
-            pool = self.pool
-            if not (pool.auth or pool.breaker or pool.accounts or pool.keys):
-                return ""
-        advice: str = getattr(self, "_" + closing.outcome)(closing, lease) or ""
-        return advice
 
     def _heal_key(self, key: str, scope: KeyScope) -> None:
         scope.until = scope.pause = scope.probe_until = scope.failures = 0
@@ -121,10 +124,14 @@ class Verdicts:
         pool.auth[closing.key] = (now, closing.account)
         pool.auth = {key: entry for key, entry in pool.auth.items() if entry[0] + AUTH_WINDOW > now}
         if len({account for _, account in pool.auth.values()}) >= min(3, self.ring_size):
+            returned = False
             for key in pool.auth:
                 scope = pool.keys.get(key)
                 if scope and (not scope.until or scope.reason == "invalid_api_key"):
+                    returned = returned or scope.until > 0
                     self._heal_key(key, scope)
+            if returned:  # who returns unasked stands far behind in the index of every ring
+                pool.revision += 1
             self._end_probe(closing, False)
             return "fault"
         scope = pool.keys.setdefault(closing.key, KeyScope())

@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from stable_openai.cli.demo import run
     except ModuleNotFoundError as error:
-        if error.name not in ("h11", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("h11", "rich"):
             raise
-        print(f"the demo needs {error.name}: pip install 'stable-openai[demo]'", file=sys.stderr)
+        print(f"the demo needs {missing}: pip install 'stable-openai[demo]'", file=sys.stderr)
         return 2
     return run(options.redis, options.processes, options.max_wait)
 

@@ -19,8 +19,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -44,6 +45,16 @@ LATENCY_S = 0.1
 NOTABLE_S = 0.5
 
 
+class Settings(NamedTuple):
+    """What every process is told."""
+
+    url: str
+    pool: str
+    redis: str | None
+    processes: int
+    max_wait: float
+
+
 class Done(NamedTuple):
     """A prompt has ended: how long it waited before its last attempt, in s, and what is wrong ("": nothing)."""
 
@@ -52,6 +63,7 @@ class Done(NamedTuple):
 
 
 Report = Callable[[Done | str], object]
+Reports = Generator[Done | str, None, None]
 
 
 def run(redis: str | None, processes: int, max_wait: float) -> int:
@@ -65,37 +77,27 @@ def run(redis: str | None, processes: int, max_wait: float) -> int:
     for name in ("no_proxy", "NO_PROXY"):  # the fake is here, whatever proxy the environment names
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
     pool = f"demo-{os.urandom(4).hex()}"
-    settings: dict[str, Any] = {"keys": ACCOUNTS, "limits": Limit(**_limits(processes)), "latency_s": LATENCY_S}
-    fake = FakeOpenAI(**settings) if processes == 1 else FakeProcess(**settings)
+    arguments: dict[str, Any] = {"keys": ACCOUNTS, "limits": Limit(**_limits(processes)), "latency_s": LATENCY_S}
+    fake = FakeOpenAI(**arguments) if processes == 1 else FakeProcess(**arguments)
     interrupted = False
     try:
-        with fake, _manager(fake.url, pool, redis, processes, max_wait) as manager:
-            manager.check()
-            count = processes * THREADS * PROMPTS
-            place = f"pool {pool!r} on Redis" if redis else "in memory"
-            print(f"{count} prompts, {processes * THREADS} threads, {len(NAMES)} keys, {place}", flush=True)
-            began = time.monotonic()
+        with fake:
             try:
-                if processes == 1:
-                    reports = _from_threads(manager)
-                else:
-                    reports = _from_processes((fake.url, pool, redis, processes, max_wait), processes)
-                done = _follow(console, reports, count)
-                took = time.monotonic() - began
-                status = manager.status()
+                done, took, keys = _play(console, Settings(fake.url, pool, redis, processes, max_wait))
             except KeyboardInterrupt:
                 interrupted = True
                 raise
     except KeyboardInterrupt:
         return _interrupted()
-    except (ConfigurationError, StableError) as error:
-        print(f"the demo cannot start: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    except OSError:
+    except OSError:  # Ctrl-C ended the fake's process too, which cannot be asked for its log any more
         if not interrupted:
             raise
-        return _interrupted()  # the fake's process heard of it first, and cannot be asked for its log any more
-    console.print(_table(status.keys, fake.log))
+        return _interrupted()
+    except StableError as error:
+        print(f"the demo cannot start: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    count = processes * THREADS * PROMPTS
+    console.print(_table(keys, fake.log))
     waits = [one.waited for one in done]
     print(
         f"{count - len(_failed(done, count))} of {count} prompts answered in {took:.1f} s; "
@@ -106,6 +108,20 @@ def run(redis: str | None, processes: int, max_wait: float) -> int:
     for problem in why:
         print(f"failed: {problem}", file=sys.stderr)
     return 1 if why else 0
+
+
+def _play(console: Console, settings: Settings) -> tuple[list[Done], float, Sequence[Any]]:
+    """Send the prompts; returns what came of each, the seconds it took, and the states of the keys then."""
+    threads = settings.processes * THREADS
+    count = threads * PROMPTS
+    with _manager(settings) as manager:
+        manager.check()
+        place = f"pool {settings.pool!r} on Redis" if settings.redis else "in memory"
+        print(f"{count} prompts, {threads} threads, {len(NAMES)} keys, {place}", flush=True)
+        began = time.monotonic()
+        reports = _from_threads(manager) if settings.processes == 1 else _from_processes(settings)
+        done = _follow(console, reports, count)
+        return done, time.monotonic() - began, manager.status().keys
 
 
 def problems(done: Sequence[Done], count: int, log: Iterable[Entry]) -> list[str]:
@@ -131,14 +147,17 @@ def _limits(processes: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _manager(url: str, pool: str, redis: str | None, processes: int, max_wait: float) -> Iterator[KeyManager]:
+def _manager(settings: Settings) -> Iterator[KeyManager]:
     manager = KeyManager(
-        [Key(secret, name=name, account=ACCOUNTS.get(secret, "org-3"), base_url=url) for secret, name in NAMES.items()],
-        redis,
-        pool=pool,
-        limits=Limits(**_limits(processes)),
+        [
+            Key(secret, name=name, account=ACCOUNTS.get(secret, "org-3"), base_url=settings.url)
+            for secret, name in NAMES.items()
+        ],
+        settings.redis,
+        pool=settings.pool,
+        limits=Limits(**_limits(settings.processes)),
         on_redis_down="raise",
-        max_wait=max_wait,
+        max_wait=settings.max_wait,
         headroom_s=2,
     )
     try:
@@ -190,31 +209,27 @@ class _Forward(logging.Handler):
         self._report(record.getMessage())
 
 
-def _from_threads(manager: KeyManager) -> Iterator[Done | str]:
+def _from_threads(manager: KeyManager) -> Reports:
     queue: SimpleQueue[Done | str] = SimpleQueue()
     _prompt(manager, 0, queue.put)
     while True:
         yield queue.get()
 
 
-def _from_processes(settings: tuple[Any, ...], processes: int) -> Iterator[Done | str]:
+def _from_processes(settings: Settings) -> Reports:
     """Ends when all processes have: one that dies early does not report its last prompts."""
     context = multiprocessing.get_context("spawn")
     children: list[SpawnProcess] = []
     readers: list[Connection] = []
     try:
-        # Ctrl-C is for this process alone: those that it starts inherit that they ignore it.
-        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            for number in range(processes):
+        with _deaf():
+            for number in range(settings.processes):
                 reader, writer = context.Pipe(duplex=False)
                 child = context.Process(target=_process, args=(number, settings, writer), daemon=True)
                 child.start()
                 writer.close()
                 children.append(child)
                 readers.append(reader)
-        finally:
-            signal.signal(signal.SIGINT, heard)
         while readers:
             for ready in wait(readers):
                 assert isinstance(ready, Connection)
@@ -229,8 +244,23 @@ def _from_processes(settings: tuple[Any, ...], processes: int) -> Iterator[Done 
             child.join()
 
 
-def _process(number: int, settings: tuple[Any, ...], writer: Connection) -> None:
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C comes later here, and never to the processes that are started: to end them is for this one."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # to start it would undo the mask
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
+def _process(number: int, settings: Settings, writer: Connection) -> None:
     """The main function of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     mutex = threading.Lock()
 
@@ -238,7 +268,7 @@ def _process(number: int, settings: tuple[Any, ...], writer: Connection) -> None
         with mutex:
             writer.send(item)
 
-    with _manager(*settings) as manager:
+    with _manager(settings) as manager:
         for thread in _prompt(manager, number, report):
             thread.join()
 
@@ -253,11 +283,11 @@ def _end_with_parent() -> None:
 # what is shown
 
 
-def _follow(console: Console, reports: Iterator[Done | str], count: int) -> list[Done]:
+def _follow(console: Console, reports: Reports, count: int) -> list[Done]:
     """Draw the progress until all prompts have ended, or nobody is left to report one."""
     done: list[Done] = []
     columns = (TextColumn("prompts"), BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn())
-    with closing(reports), Progress(*columns, console=console) as progress:  # type: ignore[type-var]  # a generator
+    with closing(reports), Progress(*columns, console=console) as progress:
         task = progress.add_task("prompts", total=count)
         for item in reports:
             if isinstance(item, str):
