@@ -116,6 +116,7 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
             verdict = verdict or verdict_of(error, policy.classify)
         except Exception as mistake:  # in the user's classify: the lease must not stay open for it
             redact(mistake)
+            redact(error)
             yield from worker.settle(request, lease, "neutral", tokens=tokens)
             raise mistake from error
         redact(error)
@@ -171,14 +172,21 @@ def obtain(
         wait = answer.wait_ms / 1000
         if answer.reason == "disabled" and not answer.exact and (yield from worker.why_out(request)):
             yield from _give_up(worker, request, answer, error)  # until somebody enables one
+        known = _has_time(answer)
+        if not known and wait >= POLL_S:  # look again, not all at the same moment
+            wait *= random.uniform(0.9, 1.1)
         if not answer.exact:
-            # Nothing says when: look again, not all at the same moment. A time that is only a lower bound is kept.
-            wait = max(SHORTEST_S, wait * random.uniform(0.9, 1.1) if wait >= POLL_S else wait)
+            wait = max(SHORTEST_S, wait)
         if now + wait > deadline:
-            if answer.exact or deadline - now < SHORTEST_S:
+            if known or deadline - now < SHORTEST_S:
                 yield from _give_up(worker, request, answer, error)
             wait = deadline - now
         now, _ = yield Sleep(wait, answer)
+
+
+def _has_time(refusal: Refused) -> bool:
+    """Whether the wait ends when the request can be served, or not before; else it is only when to look again."""
+    return refusal.exact or (refusal.wait_ms != POLL_S * 1000 and refusal.reason != "concurrency")
 
 
 def _give_up(
@@ -187,7 +195,7 @@ def _give_up(
     """Raise what says most about why no key could serve in time."""
     out = yield from worker.why_out(request)
     wait = refusal.wait_ms / 1000
-    retry_after = wait if refusal.exact else None
+    retry_after = wait if _has_time(refusal) else None
     if out is not None:
         why = ", ".join(f"{name}: {reason}" for name, reason in out.items())
         raise NoKeys(
@@ -196,7 +204,7 @@ def _give_up(
             retry_after=retry_after,
             reason=refusal.reason,
         ) from error
-    when = f"in {wait:.1f} s" if refusal.exact else "at a time that is not known"
+    when = "at a time that is not known" if retry_after is None else f"in {wait:.1f} s"
     raise Exhausted(
         f"no key of pool {worker.pool!r} can serve within max_wait={request.max_wait:g} s; "
         f"the next can {when} ({refusal.reason})",

@@ -12,7 +12,7 @@ text alone, since some gateways say "insufficient quota" where they mean that to
     failed     attempt          counts for the breaker                  retry (with backoff)
     neutral    request          nothing                                 raise
 
-A move takes another key at once and is not an attempt; a retry is one. "fatal" is raised whatever happens.
+A move takes another key at once and is not an attempt; a retry is one.
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ def _wait(headers: Mapping[str, str], message: str) -> float | None:
         except (TypeError, ValueError):
             continue
     if wait is None:
+        wait = _wait_until(headers.get("retry-after"), headers.get("date"))
+    if wait is None:
         found = re.search(r"try again in ((?:[\d.]+(?:ms|[smhd]))+)", message, re.IGNORECASE)
         if found:
             units = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -206,6 +208,18 @@ def _wait(headers: Mapping[str, str], message: str) -> float | None:
     if wait is None or not 0 <= wait < float("inf"):
         return None
     return min(wait, LONGEST_WAIT_MS / 1000)
+
+
+def _wait_until(then: object, now: object) -> float | None:
+    """`retry-after` may be a date: how long after that of the response, so that no clock of ours matters."""
+    if not isinstance(then, str) or not isinstance(now, str):
+        return None
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, (parsedate_to_datetime(then) - parsedate_to_datetime(now)).total_seconds())
+    except (TypeError, ValueError):
+        return None
 
 
 def redact(error: BaseException) -> None:

@@ -1,12 +1,13 @@
-"""Real servers for the tests: private, on a unix socket, ended by their own handle."""
+"""Real servers for the tests: private, on a unix socket or on loopback, ended by their own handle."""
 
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,35 +28,82 @@ def executable() -> str:
 @contextmanager
 def private_redis() -> Iterator[str]:
     """The URL of a new, empty server that nobody else uses."""
-    with tempfile.TemporaryDirectory(prefix="stable-openai-") as folder:
-        socket = f"{folder}/redis.sock"
-        command = [
-            executable(),
-            "--port",
-            "0",
-            "--unixsocket",
-            socket,
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--dir",
-            folder,
-        ]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        try:
-            url = f"unix://{socket}"
-            deadline = time.monotonic() + 20
-            with redis.Redis.from_url(url) as client:
-                while True:
-                    try:
-                        client.ping()
-                        break
-                    except redis.ConnectionError:
-                        if process.poll() is not None or time.monotonic() > deadline:
-                            raise RuntimeError("the private Redis server did not start") from None
-                        time.sleep(0.01)
+    with _folder() as folder:
+        url = f"unix://{folder}/redis.sock"
+        options = {"port": "0", "unixsocket": f"{folder}/redis.sock", "appendonly": "no"}
+        with _running(folder, options, redis.Redis.from_url(url)):
             yield url
-        finally:
-            process.kill()
-            process.wait()
+
+
+@contextmanager
+def private_cluster() -> Iterator[int]:
+    """The port of a cluster of one node, on loopback."""
+    port = free_port()
+    options = {"port": str(port), "bind": "127.0.0.1", "cluster-enabled": "yes"}
+    with (
+        _folder() as folder,
+        redis.Redis(port=port, decode_responses=True) as client,
+        _running(folder, options, client),
+    ):
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        _wait(lambda: "cluster_state:ok" in client.execute_command("CLUSTER", "INFO"))
+        yield port
+
+
+@contextmanager
+def private_sentinel() -> Iterator[int]:
+    """The port of a sentinel, on loopback, that knows a primary named "mymaster"."""
+    primary, port = free_port(), free_port()
+    with _folder() as folder:
+        config = Path(folder) / "sentinel.conf"
+        config.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor mymaster 127.0.0.1 {primary} 1\n")
+        options = {"port": str(primary), "bind": "127.0.0.1"}
+        with (
+            _running(folder, options, redis.Redis(port=primary)),
+            _running(folder, {}, redis.Redis(port=port), str(config), "--sentinel"),
+        ):
+            yield port
+
+
+def free_port() -> int:
+    """A port that nobody uses now; a cluster's bus takes the one 10,000 above it."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port < 55_000:
+            return port
+
+
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="stable-openai-")
+
+
+@contextmanager
+def _running(folder: str, options: dict[str, str], client: redis.Redis, *words: str) -> Iterator[None]:
+    if not words:
+        options = {**options, "save": "", "dir": folder}
+    command = [executable(), *words, *(word for name, value in options.items() for word in (f"--{name}", value))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    try:
+        with client:
+            _wait(lambda: _answers(client))
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+def _wait(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the private server did not start")
+        time.sleep(0.01)

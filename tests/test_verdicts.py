@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import openai
@@ -26,6 +27,7 @@ from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
 from stable_openai.testing import Failure, FakeOpenAI, Limit, closed_port
 
+httpx: Any = import_module(openai.Timeout.__module__.partition(".")[0])  # httpx2; httpx under openai 2.x
 START = 1_790_000_000_000
 MINUTES = 60.0
 DAY = 86_400.0
@@ -217,6 +219,7 @@ REFUSALS = [
     (Failure.slow_down(), openai.RateLimitError, "cooldown 1"),
     (Failure.slow_down(503), openai.InternalServerError, "cooldown 1"),
     (Failure.quota_in_text_only(), openai.RateLimitError, "cooldown 1"),
+    (Failure.error(429, message="Request too large for us now"), openai.RateLimitError, "cooldown 1"),  # text alone
     (Failure.error(429, body="<html>busy</html>", headers={"retry-after": "7"}), openai.RateLimitError, "cooldown 7"),
     (Failure.invalid_api_key(), openai.AuthenticationError, "ready"),  # the first of two
     *[(failure, openai.APIStatusError, f"out {code} 900") for failure, code in QUOTA],
@@ -329,6 +332,7 @@ WAITS = [
     ({"retry_after_ms": 1500, "retry_after": 9, "message_wait": "7m12s"}, 1.5),
     ({"retry_after": 9, "message_wait": "7m12s"}, 9),
     ({"retry_after": "soon", "message_wait": "3s"}, 3),
+    ({"message_wait": "3s", "retry_after": "Wed, 21 Oct 2026 07:28:00 GMT"}, 3),  # a date, but no clock to go by
     ({"retry_after": 901}, 900),
     ({"message_wait": "1h0m0.5s"}, 900),
     ({"retry_after": -3}, 1),  # without sense: as if there were none
@@ -342,6 +346,18 @@ def test_the_servers_wait_is_kept(world: World, waits: dict[str, Any], seconds: 
     manager = world.manager()
     world.refuse(manager, Failure.rate_limit(**waits))
     assert states(manager)["one"] == (f"cooldown {seconds:g}" if seconds else "ready")
+
+
+@pytest.mark.parametrize(
+    ("then", "seconds"),
+    [("07:28:09", "9"), ("09:00:00", "900"), ("07:28:00", ""), ("07:00:00", ""), ("7 o'clock", "1")],
+)
+def test_a_date_to_retry_after_is_told_by_the_servers_clock(world: World, then: str, seconds: str) -> None:
+    day = "Wed, 21 Oct 2026"
+    manager = world.manager()
+    headers = {"date": f"{day} 07:28:00 GMT", "retry-after": f"{day} {then} GMT"}
+    world.refuse(manager, Failure.error(429, code="rate_limit_exceeded", headers=headers))
+    assert states(manager)["one"] == (f"cooldown {seconds}" if seconds else "ready")
 
 
 @pytest.mark.parametrize(("random", "seconds"), [(0.0, 100), (0.5, 105), (0.9999, 109.999)])
@@ -756,6 +772,53 @@ def test_what_never_left_is_repeated_refunded_and_counts_for_the_breaker(world: 
     assert sum(meter.used for key in manager.status().keys for meter in key.meters) == pytest.approx(202, abs=2)
 
 
+REQUEST = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions", json={})
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "sent"),
+    [
+        (httpx.ConnectError, "connection", False),
+        (httpx.ConnectTimeout, "timeout", False),
+        (httpx.PoolTimeout, "timeout", False),
+        (httpx.ReadTimeout, "timeout", True),
+        (httpx.WriteTimeout, "timeout", True),
+        (httpx.ReadError, "connection", True),
+        (httpx.WriteError, "connection", True),
+        (httpx.ProxyError, "connection", True),
+        (httpx.RemoteProtocolError, "connection", True),
+    ],
+)
+def test_the_type_of_the_cause_says_whether_a_request_was_sent(cause: type[Exception], kind: str, sent: bool) -> None:
+    bare = cause("x", request=REQUEST)
+    wrapped: openai.APIConnectionError
+    if issubclass(cause, httpx.TimeoutException):
+        wrapped = openai.APITimeoutError(REQUEST)
+    else:
+        wrapped = openai.APIConnectionError(request=REQUEST)
+    wrapped.__cause__ = bare
+    for error in (bare, wrapped):
+        assert judge(error) == Verdict("failed", "retry", kind, sent=sent)
+    mine = ConnectionRefusedError()  # of a library that is not known: nobody can tell what was sent
+    assert judge(mine) == Verdict("neutral", "raise", "ConnectionRefusedError")
+
+
+def test_the_plain_client_of_a_users_function(world: World) -> None:
+    """As people write it, without a shared connection pool."""
+    manager = world.manager()
+
+    @stable(manager=manager, wait=wait_none())
+    def ask(model: str, api_key: str = INJECTED) -> str:
+        with openai.OpenAI(api_key=api_key, base_url=world.fake.url, max_retries=0) as client:
+            return client.responses.create(model=model, input="hi").output_text
+
+    for failure in (UNAUTHORISED, Failure.rate_limit(retry_after=9), Failure.server_error(503)):
+        world.fake.fail(failure)
+        assert ask(MODEL) == "echo: hi"
+    assert world.used() == ["sk-1", "sk-2", "sk-3", "sk-1", "sk-2", "sk-1"]
+    assert states(manager) == {**ALL_READY, "three": "cooldown 9"}
+
+
 def test_tenacitys_strategies_say_how_often_and_how_long(world: World) -> None:
     manager = world.manager()
     world.fake.fail(Failure.conflict(), times=None)
@@ -956,7 +1019,7 @@ def test_what_heals_and_what_frees_the_probe_unchanged(
         end(lease, caught.value)
     cooled = answer is not None and answer.status == 429
     assert states(manager)["one"] == (f"cooldown {7 if answer and answer.headers[1:] else 1}" if cooled else "ready")
-    world.clock.advance(10)
+    world.clock.advance(900 if answer and answer.code == "model_not_found" else 10)  # it has not that model meanwhile
     first = probe(world, manager)
     # Healed, the key serves many at once; else this is the next probe, and its failure doubles the first pause.
     assert ("one" in [world.serve(manager) for _ in range(3)]) is healed
@@ -1117,7 +1180,7 @@ def test_a_classify_that_fails_gives_the_lease_back(world: World) -> None:
     world.fake.fail(Failure.bad_request())
     with pytest.raises(ZeroDivisionError) as caught:
         world.asker(manager, classify=classify)()
-    assert isinstance(caught.value.__context__, openai.BadRequestError)
+    assert isinstance(caught.value.__cause__, openai.BadRequestError)
     assert secrets_in(caught.value) == []
     assert manager.status().keys[0].live == 0
 
@@ -1239,6 +1302,26 @@ def test_a_generator_that_is_closed_says_nothing_of_its_key(world: World) -> Non
     next(some)
     some.close()
     assert world.serve(manager) == "one"
+    assert (states(manager), manager.status().keys[0].live) == ({"one": "ready"}, 0)
+
+
+def test_an_async_generator_that_is_closed_says_nothing_of_its_key(world: World) -> None:
+    manager = world.manager(1)
+
+    @stable(manager=manager, model=MODEL)
+    async def words(api_key: str = INJECTED) -> AsyncIterator[str]:
+        for word in streamed(world, api_key):
+            yield word
+
+    async def use() -> None:
+        some: Any = words()
+        await some.__anext__()
+        await some.aclose()
+        async with manager.lease(model=MODEL, max_wait=0):
+            assert [key.live for key in (await manager.astatus()).keys] == [1]
+        await manager._backend.aclose()
+
+    asyncio.run(use())
     assert (states(manager), manager.status().keys[0].live) == ({"one": "ready"}, 0)
 
 

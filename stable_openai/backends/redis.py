@@ -32,6 +32,7 @@ __all__ = ["RedisBackend", "script"]
 
 TIMEOUT_S = 2.0
 CONNECTIONS = 64
+CLUSTER_SETTINGS = ("username", "password", "client_name", "protocol", "credential_provider", "socket_timeout")
 PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.4)
 TRANSIENT = (redis.ConnectionError, redis.TimeoutError)
 NO_SCRIPT = redis.exceptions.NoScriptError
@@ -72,7 +73,7 @@ class RedisBackend:
         self._now: Callable[[], str] = (lambda: str(now())) if now else str
         self._mutex = threading.Lock()
         self._client: Any = None
-        self._clients = PerLoop(lambda: self._make(redis.asyncio), lambda client: client.aclose())
+        self._clients = PerLoop(lambda: self._make(redis.asyncio), _aclose)
 
     def run(self, op: Any) -> Any:
         """The reply to an operation. Raises BrokerUnavailable when Redis cannot be reached in time."""
@@ -124,7 +125,10 @@ class RedisBackend:
     def _connect(self) -> Any:
         with self._mutex:
             if self._client is None:
-                self._client = self._make(redis)
+                try:
+                    self._client = self._make(redis)
+                except redis.exceptions.RedisClusterException as error:  # only a cluster's client connects when made
+                    raise unavailable(error) from error
             return self._client
 
     def close(self) -> None:
@@ -132,7 +136,8 @@ class RedisBackend:
         with self._mutex:
             client, self._client = self._client, None
         if client is not None:
-            client.close()
+            for one in (client, *_sentinels_of(client)):
+                one.close()
 
     async def aclose(self) -> None:
         """Close those of the running event loop, and of threads."""
@@ -144,6 +149,17 @@ class RedisBackend:
         self._mutex = threading.Lock()
         self._client = None
         self._clients = PerLoop(self._clients._make, self._clients._close)
+
+
+async def _aclose(client: Any) -> None:
+    for one in (client, *_sentinels_of(client)):
+        await one.aclose()
+
+
+def _sentinels_of(client: Any) -> list[Any]:
+    """The clients by which a Sentinel's client finds its primary."""
+    manager = getattr(getattr(client, "connection_pool", None), "sentinel_manager", None)
+    return [] if manager is None else list(manager.sentinels)
 
 
 def unavailable(error: Exception) -> BrokerUnavailable:
@@ -207,8 +223,11 @@ def _to_sentinel(pool: Any) -> Callable[[Any], Any]:
 def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
     def make(namespace: Any) -> Any:
         known = [namespace.cluster.ClusterNode(node.host, node.port) for node in nodes.startup_nodes.values()]
-        refused = ("host", "port", "redis_connect_func", "response_callbacks")
-        settings = {name: value for name, value in nodes.connection_kwargs.items() if name not in refused}
+        settings = {
+            name: value
+            for name, value in nodes.connection_kwargs.items()
+            if name in CLUSTER_SETTINGS or name.startswith("ssl")
+        }
         return namespace.cluster.RedisCluster(startup_nodes=known, **_own(settings, namespace))
 
     return make
