@@ -11,7 +11,7 @@
 
 -- Most often who is first in the index is granted: all that is known of it is read ahead, beside what every request
 -- needs. Only if it is not, EXAMINED are listed.
-local ttl, mark = tonumber(ARGV[2]), 'r:' .. ARGV[3]
+local mark = 'r:' .. ARGV[3]
 local listed = redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
 local first = listed[1]
 if not first then return {1} end
@@ -29,35 +29,6 @@ if known ~= revision or now - kept >= KEEP / 48 then
   for i = 1, #KEYS do redis.call('PEXPIRE', KEYS[i], KEEP) end
   put(class, mark, struct.pack('<ddd', revision, now, is_plain))
   listed = false
-end
-
--- Grant, and put the account where it belongs in the index: behind all others, or where the time of its next is.
--- (Within a millisecond, behind who had fewer turns.)
-local function grant(id, tokens, account, key, weight, before)
-  local q = quota_of(class, account)
-  local a = account_of(class, account, q)
-  for i = 1, q[2] == 1 and 2 or 4 do
-    if q[4 * i - 1] > 0 then charge(a, i, q, i > 2 and tokens or 1, class) end
-  end
-  if q[2] == 1 then a[2] = a[2] + tokens end
-  a[1], a[6] = a[1] + 1, a[6] + 1
-  touched[account] = true
-  local expires, probe = now + ttl, 0
-  if get(pool, 'k:' .. key) or get(pool, 'a:' .. account) or get(pool, 'breaker') then
-    for _, field in ipairs({'breaker', 'a:' .. account, 'k:' .. key}) do
-      local scope = scope_of(pool, field)
-      if scope and scope[1] > 0 then
-        scope[4], scope[5], probe = id, expires, 1
-        put(pool, field, cmsgpack.pack(scope))
-      end
-    end
-  end
-  put(class, 'l:' .. id, struct.pack(LEASE, LIVE, tokens, now, expires, probe, account, key))
-  watch(class, expiry, id, expires)
-  local at = earliest(a, q, 0, class)
-  if at <= now then at = (before > now or a[6] % weight == 0) and now - 1 + a[6] % 1000 / 1000 or before end
-  if at ~= before then redis.call('ZADD', index, at, account) end
-  return 1, key, account, 0
 end
 
 local function serve(id, tokens, model, avoid, wanted)

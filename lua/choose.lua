@@ -1,8 +1,8 @@
--- choose.lua: which account and key could serve a request, and when. For acquire; KEYS and ARGV as there.
+-- choose.lua: which account and key could serve a request, and when; and the grant. For acquire; KEYS and ARGV as there.
 
 local NAMES = {'rpm', 'rpd', 'tpm', 'tpd'}
 local pool, class, expiry, ring, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local rows, plain = {}, false
+local ttl, rows, plain = tonumber(ARGV[2]), {}, false
 
 -- The key of an account whose turn it is among those that are open (at most EXAMINED are looked at); when it may be
 -- used for the model, what stands in the way until then, and whether that has no time.
@@ -54,4 +54,33 @@ local function judge(account, tokens, model)
   local key, open, key_why, key_loose = key_of(row, a[6], model)
   if open > at then at, why = open, key_why end
   return at, why, loose or key_loose, key, row[1]
+end
+
+-- Grant, and put the account where it belongs in the index: behind all others, or where the time of its next is.
+-- (Within a millisecond, behind who had fewer turns.)
+local function grant(id, tokens, account, key, weight, before)
+  local q = quota_of(class, account)
+  local a = account_of(class, account, q)
+  for i = 1, q[2] == 1 and 2 or 4 do
+    if q[4 * i - 1] > 0 then charge(a, i, q, i > 2 and tokens or 1, class) end
+  end
+  if q[2] == 1 then a[2] = a[2] + tokens end
+  a[1], a[6] = a[1] + 1, a[6] + 1
+  touched[account] = true
+  local expires, probe = now + ttl, 0
+  if get(pool, 'k:' .. key) or get(pool, 'a:' .. account) or get(pool, 'breaker') then
+    for _, field in ipairs({'breaker', 'a:' .. account, 'k:' .. key}) do
+      local scope = scope_of(pool, field)
+      if scope and scope[1] > 0 then
+        scope[4], scope[5], probe = id, expires, 1
+        put(pool, field, cmsgpack.pack(scope))
+      end
+    end
+  end
+  put(class, 'l:' .. id, struct.pack(LEASE, LIVE, tokens, now, expires, probe, account, key))
+  watch(class, expiry, id, expires)
+  local at = earliest(a, q, 0, class)
+  if at <= now then at = (before > now or a[6] % weight == 0) and now - 1 + a[6] % 1000 / 1000 or before end
+  if at ~= before then redis.call('ZADD', index, at, account) end
+  return 1, key, account, 0
 end

@@ -27,7 +27,7 @@ from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
 from stable_openai.testing import Failure, FakeOpenAI, Limit, closed_port
 
-httpx: Any = import_module(openai.Timeout.__module__.partition(".")[0])  # httpx2; httpx under openai 2.x
+httpx: Any = import_module(openai.DefaultHttpxClient.__bases__[0].__module__)  # httpx2; httpx under openai 2.x
 START = 1_790_000_000_000
 MINUTES = 60.0
 DAY = 86_400.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stable_openai._ops import Closing
 
 if TYPE_CHECKING:
-    from stable_openai.backends.memory import Lease, ModelClass, Pool
+    from stable_openai.backends.state import Lease, ModelClass, Pool
 
 __all__ = ["KeyScope", "Scope", "conclude"]
 

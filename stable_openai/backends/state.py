@@ -1,0 +1,190 @@
+"""The state of a pool in memory: what lua/prelude.lua calls the schema, as objects."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Callable
+
+from stable_openai._limits import Quota
+from stable_openai._ops import Member
+from stable_openai.backends.meters import POLL, Meter, make_meter
+from stable_openai.backends.scopes import KeyScope, Scope
+
+__all__ = ["EXAMINED", "EXPIRED", "LIVE", "NEVER", "TOMB", "Account", "Index", "Lease", "ModelClass", "Pool", "Ring"]
+
+NEVER = 2**52
+EXAMINED = 16
+LIVE, EXPIRED, TOMB = 1, 2, 3
+
+
+class Index:
+    """Names in the order of their scores, as in a sorted set."""
+
+    __slots__ = ("order", "scores")
+
+    def __init__(self) -> None:
+        self.scores: dict[str, float] = {}
+        self.order: list[tuple[float, str]] = []
+
+    def put(self, name: str, score: float) -> None:
+        old = self.scores.get(name)
+        if old is not None:
+            del self.order[bisect_left(self.order, (old, name))]
+        self.scores[name] = score
+        insort(self.order, (score, name))
+
+    def drop(self, name: str) -> None:
+        old = self.scores.pop(name, None)
+        if old is not None:
+            del self.order[bisect_left(self.order, (old, name))]
+
+    def zero(self) -> None:
+        self.scores = dict.fromkeys(self.scores, 0)
+        self.order = [(0, name) for name in sorted(self.scores)]
+
+
+class Ring:
+    __slots__ = ("index", "members", "seen")
+
+    def __init__(self, seen: int) -> None:
+        self.seen = seen
+        self.members: dict[str, Member] = {}
+        self.index = Index()
+
+
+class Account:
+    __slots__ = ("cooldown", "held", "live", "meters", "quota", "refusals", "since", "turn")
+
+    def __init__(self, quota: Quota, pool: Pool) -> None:
+        self.quota = quota
+        self.live = self.held = self.cooldown = self.refusals = self.since = self.turn = 0
+        self.meters: list[Meter | None] = [make_meter(quota, number, pool) for number in range(4)]
+
+
+class Lease:
+    __slots__ = ("account", "expires", "granted", "key", "probe", "state", "tokens")
+
+    def __init__(
+        self, state: int, tokens: int, granted: int, expires: int, probe: bool, account: str, key: str
+    ) -> None:
+        self.state, self.tokens, self.granted, self.expires = state, tokens, granted, expires
+        self.probe, self.account, self.key = probe, account, key
+
+
+class ModelClass:
+    """What the pool knows of one class of models."""
+
+    def __init__(self, usual: Quota) -> None:
+        self.usual = usual
+        self.quotas: dict[str, Quota] = {}
+        self.rings: dict[str, Ring] = {}
+        self.accounts: dict[str, Account] = {}
+        self.leases: dict[str, Lease] = {}
+        self.expiry = Index()
+        self.due: int | None = None
+        self.served: dict[str, list[str]] = {}
+
+    def look(self, name: str, pool: Pool) -> Account:
+        """The account; a new one, that is not kept, where nothing has been charged to it so far."""
+        return self.accounts.get(name) or Account(self.quotas.get(name) or self.usual, pool)
+
+    def touch(self, name: str, pool: Pool) -> Account:
+        """The account, to be changed."""
+        account = self.accounts.get(name)
+        if account is None:
+            account = self.accounts[name] = Account(self.quotas.get(name) or self.usual, pool)
+        return account
+
+    def watch(self, id: str, at: int) -> None:
+        self.expiry.put(id, at)
+        if self.due is None or at < self.due:
+            self.due = at
+
+
+class Pool:
+    """The clock, and what is out."""
+
+    def __init__(self, epoch: str, base: int) -> None:
+        self.epoch = epoch
+        self.base = base
+        self.now = 0
+        self.last = 0
+        self.back: int | None = None
+        self.revision = 0
+        self.days: dict[str, list[int]] = {}
+        self.stale_days = False
+        self.accounts: dict[str, Scope] = {}
+        self.keys: dict[str, KeyScope] = {}
+        self.breaker: Scope | None = None
+        self.auth: dict[str, tuple[int, str]] = {}
+        self.classes: dict[str, ModelClass] = {}
+
+    def tick(self, raw: int) -> None:
+        now = raw - self.base
+        if now >= self.last:
+            if self.back is not None or now - self.last >= 1000:
+                self.last, self.back = now, None
+        else:
+            now = self.last
+            if self.back is None or raw < self.back:
+                self.back = raw
+            elif raw - self.back >= 60_000:
+                self.base, self.back = raw - now, None
+        self.now = now
+
+    def window(self, period: int, zone: str) -> Callable[[int], tuple[int, int] | None]:
+        """The calendar's window at a time: its start and end in epoch ms; None when its days are not registered."""
+
+        def minute(at: int) -> tuple[int, int] | None:
+            start = (at + self.base) // period * period
+            return start, start + period
+
+        def day(at: int) -> tuple[int, int] | None:
+            days = self.days.get(zone, [])
+            for start, finish in itertools.pairwise(days):
+                if start <= at + self.base < finish:
+                    return start, finish
+            self.stale_days = self.stale_days or at == self.now
+            return None
+
+        return minute if period else day
+
+    def opens(self, scope: Scope | None) -> int | None:
+        if scope is None or not scope.until:
+            return 0
+        return None if scope.probe and scope.probe_until > self.now else scope.until
+
+    def key_opens(self, key: str, model: str) -> tuple[int, str, bool]:
+        scope = self.keys.get(key)
+        if scope is None:
+            return 0, "", False
+        if scope.disabled == -1:
+            return self.now + POLL, "disabled", True
+        open_at, why, loose = self.opens(scope), scope.reason, False
+        if open_at is None:
+            open_at, loose = self.now + POLL, True
+        if scope.disabled and scope.disabled > open_at:
+            open_at, why, loose = scope.disabled, "disabled", False
+        missing = scope.models.get(model, 0)
+        if missing > open_at:
+            open_at, why, loose = missing, "model_not_found", False
+        return open_at, why, loose
+
+    def key_of(self, member: Member, turn: int, model: str) -> tuple[str, int, str, bool]:
+        keys = member.keys
+        if len(keys) == 1:
+            return (keys[0][0], *self.key_opens(keys[0][0], model))
+        place, start = turn % member.weight, 0
+        while place >= keys[start][1]:
+            place, start = place - keys[start][1], start + 1
+        best: tuple[str, int, str, bool] | None = None
+        for i in range(start, start + min(len(keys), EXAMINED)):
+            key = keys[i % len(keys)][0]
+            found = (key, *self.key_opens(key, model))
+            if best is None or found[1] < best[1]:
+                best = found
+            if found[1] <= self.now:
+                break
+        assert best is not None
+        return best
