@@ -78,7 +78,7 @@ local function tick(pool)
     raw = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   if not meta then
-    base, now = raw, 0
+    base, now = raw - 1, 1   -- so that no time is 0
     return nil
   end
   local last, back, revision, after

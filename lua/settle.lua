@@ -6,7 +6,7 @@
 --       outcome ('ok', 'unsent', 'neutral', 'limited', 'account', 'key', 'model', 'failed'), tokens used ('' unknown),
 --       detail (limited: the server's wait in ms or ''; account: the reason; failed, unsent: the kind of failure), jitter 0..1
 -- REPLY for each lease 2: 0 done, 1 late (it had expired), 2 gone (settled before, or never granted); then advice:
---       '' none, 'out' the scope is out now, 'fault' all keys fail alike, 'unknown' nobody has served this model
+--       '' none, 'out' this put the scope out, 'fault' all keys fail alike, 'unknown' nobody has served this model
 
 local expiry, index, ttl, reply = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}
 load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[4], 'k:' .. ARGV[5]})

@@ -11,12 +11,13 @@ local function make_verdicts(index)
 
   local function save(field, value) put(pool, field, value and cmsgpack.pack(value)) end
 
-  -- Put a scope out; twice as long where its own probe says the same again.
+  -- Put a scope out; twice as long where its own probe says the same again. Says 'out' where this changed anything.
   local function put_out(field, scope, reason, id, shortest, longest)
-    if scope[1] > 0 and scope[4] ~= id then return end
+    if scope[1] > 0 and scope[4] ~= id then return '' end
     scope[2] = scope[1] > 0 and math.min(longest, scope[2] * 2) or shortest
     scope[1], scope[3], scope[4], scope[5] = now + scope[2], reason, false, 0
     save(field, scope)
+    return 'out'
   end
 
   local function key_scope(field) return scope_of(pool, field) or {0, 0, '', false, 0, 0, false, false} end
@@ -109,9 +110,9 @@ local function make_verdicts(index)
 
     account = function(id, _, account, key, _, reason)
       local field = 'a:' .. account
-      put_out(field, scope_of(pool, field) or {0, 0, '', false, 0}, reason, id, PROBE_FIRST, PROBE_LAST)
+      local advice = put_out(field, scope_of(pool, field) or {0, 0, '', false, 0}, reason, id, PROBE_FIRST, PROBE_LAST)
       end_probe(id, account, key, false)
-      return 'out'
+      return advice
     end,
 
     -- A 401: out after two in a row. But where enough accounts fail alike no key is at fault, and those that were put
@@ -141,9 +142,10 @@ local function make_verdicts(index)
       local k = key_scope(field)
       k[6] = k[6] + 1
       save(field, k)
-      if k[6] >= 2 or k[1] > 0 then put_out(field, k, 'invalid_api_key', id, PROBE_FIRST, PROBE_LAST) end
+      local advice = ''
+      if k[6] >= 2 or k[1] > 0 then advice = put_out(field, k, 'invalid_api_key', id, PROBE_FIRST, PROBE_LAST) end
       end_probe(id, account, key, false)
-      return k[1] > 0 and 'out' or ''
+      return advice
     end,
 
     -- The model is missing for this key only if another account has served it; else its name may be wrong.

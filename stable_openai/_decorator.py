@@ -24,6 +24,7 @@ __all__ = ["INJECTED", "stable"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 PROVIDED = ("api_key", "client", "base_url", "lease")
 ATTEMPTS = 6
 
@@ -116,9 +117,13 @@ class Decorated:
             raise ConfigurationError(
                 "stable", f"{name} declares none of the parameters {', '.join(PROVIDED)}; add api_key"
             )
-        self.positions = {
-            name: place for place, (name, parameter) in enumerate(parameters.items()) if parameter.kind in (0, 1)
-        }
+        # Callers do not see the injected parameters: what they give by place is for the others, in their order.
+        declared = [name for name, parameter in parameters.items() if parameter.kind in BY_PLACE]
+        order = sorted(declared, key=lambda name: name in self.injected)
+        self.positions = {name: place for place, name in enumerate(order)}
+        self.reordered = order != declared
+        if self.reordered and any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters.values()):
+            raise ConfigurationError("stable", "the injected parameters must come after those that are given by place")
         self.manager, self.model, self.tokens, self.max_wait = manager, model, tokens, max_wait
         self.policy = Policy(stop or default_stop, wait or default_wait, classify)
 
@@ -127,6 +132,7 @@ class Decorated:
         if inspect.isasyncgenfunction(function):
 
             def wrapped(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return function(*args, **kwargs)
                 one = OneCall(made, args, kwargs, is_async=True)
@@ -135,6 +141,7 @@ class Decorated:
         elif inspect.isgeneratorfunction(function):
 
             def wrapped(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return function(*args, **kwargs)
                 one = OneCall(made, args, kwargs)
@@ -143,6 +150,7 @@ class Decorated:
         elif inspect.iscoroutinefunction(function):
 
             async def wrapped(*args: Any, **kwargs: Any) -> Any:  # type: ignore[misc]  # its colour differs
+                args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return await function(*args, **kwargs)
                 one = OneCall(made, args, kwargs, is_async=True)
@@ -151,6 +159,7 @@ class Decorated:
         else:
 
             def wrapped(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return function(*args, **kwargs)
                 one = OneCall(made, args, kwargs)
@@ -162,6 +171,16 @@ class Decorated:
         annotations = getattr(function, "__annotations__", {})
         wrapped.__annotations__ = {name: kind for name, kind in annotations.items() if name not in self.injected}
         return wrapped
+
+    def arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What was given by place, by name, where an injected parameter stands in between."""
+        if not self.reordered or len(args) > len(self.positions):
+            return args, kwargs
+        named = dict(zip(self.positions, args))
+        twice = named.keys() & kwargs.keys()
+        if twice:
+            raise TypeError(f"{self.function.__name__}() got multiple values for argument {min(twice)!r}")
+        return (), {**named, **kwargs}
 
     def has_own(self, kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> bool:
         """Whether the caller brings a key or a client of his own."""

@@ -14,6 +14,7 @@ from stable_openai._keys import Key
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, redact, verdict_of_response
 from stable_openai._worker import Request, Worker
+from stable_openai.errors import ConfigurationError
 
 __all__ = ["Lease"]
 
@@ -86,6 +87,8 @@ class Lease:
             error: an exception, or the decoded body of an error response.
         """
         if tokens is not None:
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+                raise ConfigurationError("tokens", "must be a whole number, 0 or more")
             self._tokens = tokens
         if isinstance(error, BaseException):
             self._verdict = verdict_of(error, self._classify)

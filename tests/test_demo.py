@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -190,6 +191,21 @@ def test_the_end_leaves_no_process_behind(when: str, ended: signal.Signals, proc
         _, errors = child.communicate(timeout=60)
     if ended == signal.SIGINT:
         assert (child.returncode, errors) == (130, "interrupted\n")
+
+
+def test_ctrl_c_while_processes_are_started() -> None:
+    """It is heard when all have been started, and never by them."""
+    program = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    printed = []
+
+    def start() -> None:
+        with demo._deaf():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            printed.append(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert printed == ["True\n"]
 
 
 @pytest.mark.parametrize("missing", ["rich", "h11"])

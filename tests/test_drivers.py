@@ -515,3 +515,19 @@ def test_constructing_starts_no_thread_and_os_exit_is_not_held_up() -> None:
         "lease = manager.lease(); lease.__enter__(); assert threading.active_count() == 2\n"
     )
     assert subprocess.run([sys.executable, "-c", program], timeout=20, env=dict(os.environ)).returncode == 0
+
+
+def test_what_is_given_by_place_is_for_the_parameters_that_callers_see() -> None:
+    manager = KeyManager(["sk-a"], pool="places")
+
+    @stable(manager=manager)
+    def ask(api_key: str, prompt: str, model: str = "m", lease: Any = None) -> str:
+        return f"{api_key} {prompt} {model}"
+
+    assert ask("hello") == "sk-a hello m"  # type: ignore[call-arg]
+    assert ask("hello", "gpt") == "sk-a hello gpt"
+    assert ask("hello", model="gpt") == "sk-a hello gpt"  # type: ignore[call-arg]
+    assert ask("hello", api_key="mine") == "mine hello m"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="prompt"):
+        ask("hello", prompt="again")  # type: ignore[call-arg]
+    manager.close()

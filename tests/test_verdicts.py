@@ -22,7 +22,8 @@ import tenacity
 from tenacity import stop_after_attempt, stop_after_delay, stop_never, wait_fixed, wait_none
 
 from stable_openai import INJECTED, Exhausted, Key, KeyManager, Lease, Limits, NoKeys, RequestTooLarge, Verdict, stable
-from stable_openai._verdict import judge
+from stable_openai._flow import Attempt, Policy, call
+from stable_openai._verdict import judge, redact
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
 from stable_openai.testing import Failure, FakeOpenAI, Limit, closed_port
@@ -505,6 +506,15 @@ def test_401s_more_than_a_minute_apart_are_no_pool_fault(world: World) -> None:
     assert states(manager) == {**ALL_READY, "one": "out invalid_api_key 900", "two": "out invalid_api_key 900"}
 
 
+def test_a_success_between_401s_is_no_pool_fault(world: World) -> None:
+    manager = world.manager(4)
+    assert [world.refuse(manager, UNAUTHORISED)[0] for _ in range(2)] == ["one", "two"]
+    assert world.serve(manager) == "three"
+    world.fake.fail(UNAUTHORISED, key="sk-4")
+    assert world.asker(manager)() == "echo: hi"
+    assert world.used()[-2:] == ["sk-4", "sk-1"]
+
+
 @pytest.mark.parametrize("failure", [UNAUTHORISED, Failure.insufficient_quota()])
 def test_two_keys_without_use_do_not_hide_a_third(world: World, failure: Failure) -> None:
     manager = world.manager(3)
@@ -640,6 +650,18 @@ def test_what_the_account_itself_has_served_is_no_proof(world: World) -> None:
     assert name == "one"
     with manager.lease(model=MODEL, max_wait=0), manager.lease(model=MODEL, max_wait=0) as lease:
         assert lease.key.name == "one"  # it was not put out
+
+
+def test_a_model_that_exists_is_looked_for_beyond_three_accounts(world: World) -> None:
+    manager = world.manager(4)
+    leases = enter(manager, 4)
+    for lease in leases:
+        end(lease, None if lease.key.name == "four" else LookupError())
+    for n in (1, 2, 3):
+        world.fake.fail(Failure.model_not_found(), key=f"sk-{n}", times=None)
+    ask = world.asker(manager, stop=stop_after_attempt(1))
+    assert [ask(), ask()] == ["echo: hi"] * 2
+    assert world.used() == ["sk-1", "sk-2", "sk-3", "sk-4", "sk-4"]
 
 
 @pytest.mark.parametrize(("keys", "asked"), [(1, 1), (2, 2), (3, 3), (5, 3)])
@@ -1042,6 +1064,15 @@ def test_a_probe_whose_worker_died_is_freed_unchanged(world: World, failure: Fai
     assert states(other)["one"] == "ready"
 
 
+def test_what_was_granted_before_a_key_was_out_does_not_double_its_pause(world: World) -> None:
+    manager = world.manager(1)
+    for lease in enter(manager, 3):
+        with pytest.raises(openai.RateLimitError) as caught:
+            world.fail_once(lease, Failure.insufficient_quota())
+        end(lease, caught.value)
+        assert states(manager) == {"one": "out insufficient_quota 900"}
+
+
 @pytest.mark.parametrize("kind", ["account", "breaker"])
 def test_one_probe_at_a_time_across_workers(world: World, kind: str) -> None:
     workers = [world.manager(1 if kind == "account" else 3) for _ in range(4)]
@@ -1305,6 +1336,18 @@ def test_a_generator_that_is_closed_says_nothing_of_its_key(world: World) -> Non
     assert (states(manager), manager.status().keys[0].live) == ({"one": "ready"}, 0)
 
 
+def test_a_call_whose_driver_is_dropped_gives_its_lease_back(world: World) -> None:
+    manager = world.manager(1)
+    flow = call(manager._worker, manager.request(MODEL), Policy(stop_never, wait_none()), 0.0, lambda: (None, None))
+    effect = next(flow)
+    while not isinstance(effect, Attempt):
+        effect = flow.send((0.0, manager._backend.run(effect)))
+    assert manager.status().keys[0].live == 1
+    flow.close()
+    assert world.serve(manager) == "one"  # whatever comes next settles it
+    assert manager.status().keys[0].live == 0
+
+
 def test_an_async_generator_that_is_closed_says_nothing_of_its_key(world: World) -> None:
     manager = world.manager(1)
 
@@ -1444,6 +1487,19 @@ def test_errors_that_leave_a_lease_are_redacted(world: World, reported: bool) ->
     with pytest.raises(openai.BadRequestError) as caught:
         use()
     assert secrets_in(caught.value) == []
+
+
+@pytest.mark.parametrize("header", ["Authorization", "api-key"])
+def test_requests_are_redacted_wherever_an_error_keeps_them(header: str) -> None:
+    request = httpx.Request("GET", "http://127.0.0.1", headers={header: "Bearer sk-1"})
+    bare, grouped = ValueError(), ValueError()
+    bare.response = httpx.Response(400, request=request)  # type: ignore[attr-defined]
+    grouped.exceptions = (bare,)  # type: ignore[attr-defined]  # as an ExceptionGroup has them
+    orphan = ValueError()
+    orphan.response = httpx.Response(400)  # type: ignore[attr-defined]  # its .request raises
+    orphan.__context__, grouped.__cause__ = grouped, orphan  # a circle
+    redact(orphan)
+    assert request.headers[header] == "[redacted]"
 
 
 def test_a_users_error_around_openais_is_redacted_too(world: World) -> None:

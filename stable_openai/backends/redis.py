@@ -171,8 +171,10 @@ def _factory(where: Any) -> Callable[[Any], Any]:
     """How to make a client of our own: a function that takes the namespace, `redis` or `redis.asyncio`."""
     if isinstance(where, str):
         try:
-            return _to_server(redis.ConnectionPool.from_url(where))
-        except ValueError:
+            parsed = redis.ConnectionPool.from_url(where)
+            parsed.make_connection()  # not connected: it only says whether the settings are known
+            return _to_server(parsed)
+        except (ValueError, TypeError):
             raise ConfigurationError("redis", "cannot be parsed; write it as 'redis://host:6379/0'") from None
     nodes = getattr(where, "nodes_manager", None)
     if nodes is not None:

@@ -26,12 +26,13 @@ class Scope:
         self.probe: str | None = None
         self.log: list[tuple[int, str, str]] = []
 
-    def put_out(self, now: int, reason: str, id: str, shortest: int, longest: int) -> None:
-        """Out, and for twice as long where its own probe says the same again."""
+    def put_out(self, now: int, reason: str, id: str, shortest: int, longest: int) -> str:
+        """Out, and for twice as long where its own probe says the same again; "out" where this changed anything."""
         if self.until and self.probe != id:
-            return
+            return ""
         self.pause = min(longest, self.pause * 2) if self.until else shortest
         self.until, self.reason, self.probe, self.probe_until = now + self.pause, reason, None, 0
+        return "out"
 
 
 class KeyScope(Scope):
@@ -115,9 +116,9 @@ class Verdicts:
 
     def _account(self, closing: Closing, lease: Lease) -> str:
         scope = self.pool.accounts.setdefault(closing.account, Scope())
-        scope.put_out(self.pool.now, closing.detail, closing.id, PROBE_FIRST, PROBE_LAST)
+        advice = scope.put_out(self.pool.now, closing.detail, closing.id, PROBE_FIRST, PROBE_LAST)
         self._end_probe(closing, False)
-        return "out"
+        return advice
 
     def _key(self, closing: Closing, lease: Lease) -> str:
         pool, now = self.pool, self.pool.now
@@ -136,10 +137,11 @@ class Verdicts:
             return "fault"
         scope = pool.keys.setdefault(closing.key, KeyScope())
         scope.failures += 1
+        advice = ""
         if scope.failures >= 2 or scope.until:
-            scope.put_out(now, "invalid_api_key", closing.id, PROBE_FIRST, PROBE_LAST)
+            advice = scope.put_out(now, "invalid_api_key", closing.id, PROBE_FIRST, PROBE_LAST)
         self._end_probe(closing, False)
-        return "out" if scope.until else ""
+        return advice
 
     def _model(self, closing: Closing, lease: Lease) -> str:
         self._end_probe(closing, False)

@@ -108,7 +108,7 @@ class Pool:
     def __init__(self, epoch: str, base: int) -> None:
         self.epoch = epoch
         self.base = base
-        self.now = 0
+        self.now = 1
         self.last = 0
         self.back: int | None = None
         self.revision = 0

@@ -246,7 +246,7 @@ def _from_processes(settings: Settings) -> Reports:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """Ctrl-C comes later here, and never to the processes that are started: to end them is for this one."""
+    """Ctrl-C never comes to the processes that are started, and to this thread only later: it has to end them."""
     if sys.platform == "win32":
         yield
         return
