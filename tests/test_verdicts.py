@@ -23,6 +23,7 @@ from tenacity import stop_after_attempt, stop_after_delay, stop_never, wait_fixe
 
 from stable_openai import INJECTED, Exhausted, Key, KeyManager, Lease, Limits, NoKeys, RequestTooLarge, Verdict, stable
 from stable_openai._flow import Attempt, Policy, call
+from stable_openai._heartbeat import heartbeat
 from stable_openai._verdict import judge, redact
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
@@ -181,6 +182,9 @@ def http() -> Iterator[Any]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
+    # The heartbeat keeps real time: it would renew what a test has left to expire, and at the clock of an earlier test.
+    monkeypatch.setattr(heartbeat, "serve", lambda worker, run: None)
+    monkeypatch.setattr(heartbeat, "watch", lambda worker: None)
     for module in ("_drive", "_decorator", "_lease"):
         monkeypatch.setattr(f"stable_openai.{module}.monotonic", clock.monotonic)
     monkeypatch.setattr("stable_openai._drive.sleep", clock.sleep)
