@@ -1,7 +1,7 @@
 -- settle.lua: close leases, each exactly once, with what was used and what its outcome says of key, account and pool.
 -- USES meters, accounts, verdicts
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ready index
--- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms; then for each lease 8 more: id, account and key (as
+-- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 keys of the ring; then for each lease 8 more: id, account and key (as
 --       granted; only the first lease's are read, ahead), model,
 --       outcome ('ok', 'unsent', 'neutral', 'limited', 'account', 'key', 'model', 'failed'), tokens used ('' unknown),
 --       detail (limited: the server's wait in ms or ''; account: the reason; failed, unsent: the kind of failure), jitter 0..1
@@ -9,8 +9,8 @@
 --       '' none, 'out' this put the scope out, 'fault' all keys fail alike, 'unknown' nobody has served this model
 
 local expiry, index, ttl, reply = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}
-load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[4], 'k:' .. ARGV[5]})
-load(class, {'m', 'q', 'l:' .. ARGV[3], 'a:' .. ARGV[4], 'q:' .. ARGV[4], 's:' .. ARGV[6]})
+load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[5], 'k:' .. ARGV[6]})
+load(class, {'m', 'q', 'l:' .. ARGV[4], 'a:' .. ARGV[5], 'q:' .. ARGV[5], 's:' .. ARGV[7]})
 local known = tick(pool)
 if known then reap(class, expiry, ttl) end
 
@@ -54,7 +54,7 @@ local function count(lease, account, unsent, tokens)
   end
 end
 
-for i = 3, #ARGV, 8 do
+for i = 4, #ARGV, 8 do
   local id, n = ARGV[i], #reply
   local lease = known and lease_of(class, id)
   if lease and lease[1] == LIVE and lease[4] <= now then

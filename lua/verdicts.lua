@@ -119,14 +119,17 @@ local function make_verdicts(index)
     -- out meanwhile return.
     key = function(id, _, account, key)
       local packed, field = get(pool, 'auth'), 'k:' .. key
-      local seen, accounts, differing = packed and cmsgpack.unpack(packed) or {}, {}, 0
+      local seen, accounts, differing, failing = packed and cmsgpack.unpack(packed) or {}, {}, 0, 0
       seen[key] = {now, account}
       for other, entry in pairs(seen) do
         if entry[1] + AUTH_WINDOW <= now then seen[other] = nil
-        elseif not accounts[entry[2]] then accounts[entry[2]], differing = true, differing + 1 end
+        else
+          failing = failing + 1
+          if not accounts[entry[2]] then accounts[entry[2]], differing = true, differing + 1 end
+        end
       end
       save('auth', seen)
-      if differing >= math.min(3, redis.call('ZCARD', index)) then
+      if differing >= math.min(3, redis.call('ZCARD', index)) and failing >= math.min(3, tonumber(ARGV[3])) then
         local returned = false
         for other in pairs(seen) do
           local k = scope_of(pool, 'k:' .. other)

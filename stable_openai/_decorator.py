@@ -122,6 +122,11 @@ class Decorated:
         order = sorted(declared, key=lambda name: name in self.injected)
         self.positions = {name: place for place, name in enumerate(order)}
         self.reordered = order != declared
+        self.defaults = {
+            name: parameter.default
+            for name, parameter in parameters.items()
+            if parameter.default is not parameter.empty and name not in self.injected
+        }
         if self.reordered and any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters.values()):
             raise ConfigurationError("stable", "the injected parameters must come after those that are given by place")
         self.manager, self.model, self.tokens, self.max_wait = manager, model, tokens, max_wait
@@ -189,11 +194,11 @@ class Decorated:
         )
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """An argument of a call, by name or place; None where it is not given."""
+        """An argument of a call, by name or place, else its default."""
         if name in kwargs:
             return kwargs[name]
         place = self.positions.get(name)
-        return args[place] if place is not None and place < len(args) else None
+        return args[place] if place is not None and place < len(args) else self.defaults.get(name)
 
     def request(self, manager: KeyManager, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Request:
         model = self.model or self.argument("model", args, kwargs)
@@ -203,7 +208,7 @@ class Decorated:
             tokens = tokens(*args, **kwargs)
         elif tokens is None and manager.counts_tokens(model):
             named = dict(zip(self.positions, args))
-            tokens = estimate_tokens({**named, **kwargs})
+            tokens = estimate_tokens({**self.defaults, **named, **kwargs})
         return manager.request(model, tokens, self.max_wait)
 
 
@@ -239,7 +244,7 @@ class OneCall:
 
     def injection(self, granted: Granted) -> dict[str, Any]:
         """The function's keyword arguments, with what it declares."""
-        key = self.worker.keys[granted.key]
+        key = self.worker.known[granted.key]
         given = dict(self.kwargs)
         self.lease = None
         for name in self.decorated.injected:

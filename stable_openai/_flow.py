@@ -85,17 +85,13 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
     """
     deadline = began + request.max_wait
     avoid: tuple[str, ...] = ()
-    missing: set[str] = set()
+    missing: list[str] = []
     moves, attempts, now = 0, 0, began
     error: BaseException | None = None
     while True:
-        now, lease = yield from obtain(worker, request, avoid, now, deadline, error)
-        if lease.account in missing and error:
-            yield from worker.settle(request, lease, "unsent")
-            if missing.issuperset(avoid):  # no other account is left to ask
-                return Raised(error)
-            avoid = tuple(sorted(missing))  # rather the one that failed again than one that does not know the model
-            continue
+        now, lease = yield from obtain(worker, request, avoid, tuple(missing), now, deadline, error)
+        if lease is None:  # no account is left that may know the model
+            return Raised(error or AssertionError())
         try:
             now, outcome = yield Attempt(lease)
             started = type(outcome) is Started
@@ -126,10 +122,10 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
             return outcome
         if verdict.outcome == "model":
             if advice != "out":
-                missing.add(lease.account)
+                missing.append(lease.account)
             if len(missing) >= 3:
                 return outcome
-        passed = avoid if verdict.action == "move" else sorted(missing)
+        passed = avoid if verdict.action == "move" else ()
         avoid = tuple(dict.fromkeys((*passed, lease.account)))
         moves += verdict.action == "move"
         if verdict.action == "move" and moves <= MOVES:
@@ -147,13 +143,19 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
 
 
 def obtain(
-    worker: Worker, request: Request, avoid: tuple[str, ...], now: float, deadline: float, error: BaseException | None
-) -> Generator[Any, Any, tuple[float, Granted]]:
-    """A lease, waiting for it until the deadline. `error` is what the attempt before raised: where no key is left
-    that could do better, it says more than that there is none."""
+    worker: Worker,
+    request: Request,
+    avoid: tuple[str, ...],
+    never: tuple[str, ...],
+    now: float,
+    deadline: float,
+    error: BaseException | None,
+) -> Generator[Any, Any, tuple[float, Granted | None]]:
+    """A lease, waiting for it until the deadline; None where `never` leaves no account. `error` is what the attempt
+    before raised; what is raised here is raised from it."""
     while True:
         try:
-            now, answer = yield from worker.acquire(request, avoid)
+            now, answer = yield from worker.acquire(request, avoid, never)
         except BrokerUnavailable:
             if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > deadline:
                 raise
@@ -161,6 +163,8 @@ def obtain(
             continue
         if isinstance(answer, Granted):
             return now, answer
+        if isinstance(answer, TooLarge) and not answer.limit:
+            return now, None
         if isinstance(answer, TooLarge):
             raise RequestTooLarge(
                 f"a request of {request.tokens} tokens is larger than the {answer.limit} of every key",
@@ -170,23 +174,17 @@ def obtain(
         if isinstance(answer, Gone):  # only where an id comes twice
             continue
         wait = answer.wait_ms / 1000
-        if answer.reason == "disabled" and not answer.exact and (yield from worker.why_out(request)):
+        if answer.reason == "disabled" and not answer.timed and (yield from worker.all_disabled(request)):
             yield from _give_up(worker, request, answer, error)  # until somebody enables one
-        known = _has_time(answer)
-        if not known and wait >= POLL_S:  # look again, not all at the same moment
+        if not answer.timed and wait >= POLL_S:  # look again, not all at the same moment
             wait *= random.uniform(0.9, 1.1)
         if not answer.exact:
             wait = max(SHORTEST_S, wait)
         if now + wait > deadline:
-            if known or deadline - now < SHORTEST_S:
+            if answer.timed or deadline - now < SHORTEST_S:
                 yield from _give_up(worker, request, answer, error)
             wait = deadline - now
         now, _ = yield Sleep(wait, answer)
-
-
-def _has_time(refusal: Refused) -> bool:
-    """Whether the wait ends when the request can be served, or not before; else it is only when to look again."""
-    return refusal.exact or (refusal.wait_ms != POLL_S * 1000 and refusal.reason != "concurrency")
 
 
 def _give_up(
@@ -195,7 +193,7 @@ def _give_up(
     """Raise what says most about why no key could serve in time."""
     out = yield from worker.why_out(request)
     wait = refusal.wait_ms / 1000
-    retry_after = wait if _has_time(refusal) else None
+    retry_after = wait if refusal.timed else None
     if out is not None:
         why = ", ".join(f"{name}: {reason}" for name, reason in out.items())
         raise NoKeys(
@@ -227,7 +225,7 @@ def outcome_of(verdict: Verdict | None) -> tuple[str, str]:
     if verdict is None:
         return "ok", ""
     if not verdict.sent:
-        return "unsent", verdict.reason
+        return "unsent", verdict.reason if verdict.outcome == "failed" else ""
     if verdict.outcome == "limited":
         return "limited", "" if verdict.wait_s is None else str(round(verdict.wait_s * 1000))
     if verdict.outcome == "failed" and verdict.reason in NO_OUTAGE:

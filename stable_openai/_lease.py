@@ -57,7 +57,7 @@ class Lease:
     @property
     def key(self) -> Key:
         """The key; its secret is hidden."""
-        return self._worker.keys[self._held.key]
+        return self._worker.known[self._held.key]
 
     @property
     def api_key(self) -> str:
@@ -102,19 +102,26 @@ class Lease:
     def _open(self) -> Any:
         began = monotonic()
         deadline = began + self._request.max_wait
-        _, self._granted = yield from obtain(self._worker, self._request, (), began, deadline, None)
+        _, self._granted = yield from obtain(self._worker, self._request, (), (), began, deadline, None)
 
     def _end(self, error: BaseException | None) -> Any:
         lease = self._held
-        if error is not None and self._verdict is None:
-            self._verdict = verdict_of(error, self._classify)
-            redact(error)
-        if isinstance(error, GeneratorExit):
+        if isinstance(error, GeneratorExit):  # maybe from the garbage collector: no I/O
             self._worker.abandon(self._request, lease, "neutral", self._tokens)
             return
+        mistake = None
+        if error is not None:
+            try:
+                self._verdict = self._verdict or verdict_of(error, self._classify)
+            except Exception as raised:  # in the user's classify: the lease must not stay open for it
+                mistake, self._verdict = raised, Verdict("neutral", "raise")
+                redact(mistake)
+            redact(error)
         advice = yield from self._worker.settle(self._request, lease, *_outcome_of(self._verdict), tokens=self._tokens)
         if self._verdict is not None:
             self._worker.note(lease, self._verdict, advice)
+        if mistake is not None:
+            raise mistake from error
 
     def __enter__(self) -> Lease:
         drive(self._open(), self._worker, self._backend)

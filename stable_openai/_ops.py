@@ -37,13 +37,14 @@ class Registration:
     """The keys that a worker holds for one class, with their limits. Its digest is the ring's name: an acquire
     that names a digest the store does not know is answered with NotRegistered."""
 
-    __slots__ = ("keys", "members", "model_class", "pool", "quotas", "ring", "zones")
+    __slots__ = ("fingerprints", "keys", "members", "model_class", "pool", "quotas", "ring", "zones")
 
     def __init__(self, pool: str, model_class: str, quotas: Sequence[Quota], members: Iterable[Member]) -> None:
         self.pool = pool
         self.model_class = model_class
         self.quotas = tuple(quotas)
         self.members = tuple(members)
+        self.fingerprints = [fingerprint for member in self.members for fingerprint, _ in member.keys]
         self.zones = sorted({quota[-1] for quota in quotas if quota[-1]})
         import hashlib  # here, so that importing the package stays quick
         import json
@@ -59,19 +60,17 @@ class Registration:
             f"{tag}:ready:{self.ring}",
         )
 
-    @property
-    def fingerprints(self) -> list[str]:
-        return [fingerprint for member in self.members for fingerprint, _ in member.keys]
-
 
 class Ask(NamedTuple):
-    """One request for a lease. `avoid` is passed over while others can serve, `wanted` is tried first (accounts)."""
+    """One request for a lease. Of the accounts, `avoid` is passed over while others can serve, `wanted` is tried first,
+    and `never` is not chosen."""
 
     id: str
     tokens: int
     model: str
     avoid: tuple[str, ...] = ()
     wanted: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
 
 
 class Closing(NamedTuple):
@@ -147,11 +146,13 @@ class Granted(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """`exact`: the request can be served after `wait_ms`; else not before (or that is only when to look again)."""
+    """`exact`: the request can be served after `wait_ms`, else not before. `timed`: else that is only when to look
+    again, for what is in the way has no time."""
 
     wait_ms: int
     reason: str
     exact: bool
+    timed: bool
 
 
 class Gone(NamedTuple):
@@ -159,6 +160,8 @@ class Gone(NamedTuple):
 
 
 class TooLarge(NamedTuple):
+    """`limit` "": no account is left that may be chosen."""
+
     limit: str
 
 
@@ -229,7 +232,7 @@ def _acquire(op: Acquire, now: str) -> tuple[tuple[str, ...], list[Any]]:
     to = op.to
     args: list[Any] = [now, op.ttl_ms, to.ring]
     for ask in op.asks:
-        args += (ask.id, ask.tokens, ask.model, "\n".join(ask.avoid), "\n".join(ask.wanted))
+        args += (ask.id, ask.tokens, ask.model, "\n".join(ask.avoid), "\n".join(ask.wanted), "\n".join(ask.never))
     return to.keys, args
 
 
@@ -244,7 +247,7 @@ def _answers(op: Acquire, reply: list[Any]) -> NotRegistered | list[Answer]:
         if code == 1:
             answers.append(Granted(ask.id, _text(first), _text(second)))
         elif code == 0:
-            answers.append(Refused(first, _text(second), exact == 1))
+            answers.append(Refused(first, _text(second), exact == 1, exact != 2))
         else:
             answers.append(Gone() if code == 2 else TooLarge(_text(second)))
     return answers
@@ -252,7 +255,7 @@ def _answers(op: Acquire, reply: list[Any]) -> NotRegistered | list[Answer]:
 
 def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
     keys = op.to.keys
-    args: list[Any] = [now, op.ttl_ms]
+    args: list[Any] = [now, op.ttl_ms, len(op.to.fingerprints)]
     for closing in op.closings:
         args += closing
         if closing.tokens is None:

@@ -24,8 +24,8 @@ class MeterStatus:
 class KeyStatus:
     """One key: its state, why, and for how long.
 
-    `state` is "ready", "cooldown" (refused for its rate), "out" (its probe comes in `seconds`) or "disabled"; `seconds`
-    is None where a person has to end it. `live` are the leases of its account.
+    `state` is "ready", "cooldown" (refused for its rate), "out" (in `seconds` the next call that needs it probes it) or
+    "disabled"; `seconds` is None where a person has to end it. `live` are the leases of its account.
     """
 
     name: str
@@ -66,10 +66,9 @@ def _key_state(worker: Worker, fingerprint: str, seen: list[tuple[Registration, 
         meters += [MeterStatus(to.model_class, name, used, of) for name, (used, of) in account.meters.items()]
         if row.disabled_ms:
             state, reason, ms = "disabled", "disabled", row.disabled_ms
-        elif row.out_ms or account.out_ms:
-            longest = max(row.out_ms, account.out_ms)
-            state, reason, ms = "out", row.reason if row.out_ms else account.reason, longest
+        elif row.reason or account.reason:
+            state, reason, ms = "out", row.reason or account.reason, max(row.out_ms, account.out_ms)
         elif account.cooldown_ms > ms and state in ("ready", "cooldown"):
-            state, reason, ms = "cooldown", to.model_class, account.cooldown_ms
+            state, reason, ms = "cooldown", f"rate limit of {to.model_class}", account.cooldown_ms
     seconds = None if ms < 0 else ms / 1000
     return KeyStatus(key.name, fingerprint, key.account, state, reason, seconds, live, tuple(meters))

@@ -66,7 +66,7 @@ POOL_CODES = ("ip_not_authorized", "unsupported_country_region_territory")
 EVENTS = ((RATE_CODES, 429), (("model_not_found",), 404), (("server_error",), 500))
 
 # Types, by name, so that neither openai nor an HTTP library need be imported to know them.
-NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout", "PoolTimeout"})
+NEVER_SENT = frozenset({"ConnectError", "ConnectTimeout"})
 TIMEOUTS = frozenset({"APITimeoutError", "ReadTimeout", "WriteTimeout", "TimeoutException"})
 CONNECTIONS = frozenset(
     {"APIConnectionError", "ReadError", "WriteError", "RemoteProtocolError", "NetworkError", "CloseError", "ProxyError"}
@@ -166,8 +166,10 @@ def _transport(error: Exception) -> Verdict:
     names = {
         kind.__name__ for link in chain for kind in type(link).__mro__ if kind.__module__.partition(".")[0] in LIBRARIES
     }
-    if not names & (NEVER_SENT | TIMEOUTS | CONNECTIONS):
+    if not names & (NEVER_SENT | TIMEOUTS | CONNECTIONS | {"PoolTimeout"}):
         return Verdict("neutral", "raise", type(error).__name__)
+    if "PoolTimeout" in names:  # this process's own pool is used up: that says nothing of the upstream
+        return Verdict("neutral", "retry", "pool_timeout", sent=False)
     kind = "timeout" if names & TIMEOUTS else "connection"
     if names & NEVER_SENT:
         return Verdict("failed", "retry", kind, sent=False)

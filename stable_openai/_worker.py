@@ -98,6 +98,8 @@ class Worker:
                     "limits", f"the keys {first.name} and {key.name} share an account but differ in limits"
                 )
         self.keys = {key.fingerprint: key for key in keys}
+        # A lease may outlive its key: those that were removed are still known.
+        self.known: dict[str, Key] = {**getattr(self, "known", {}), **self.keys}
         self._by_model: dict[str, Registration] = {}
         self._needs_tokens: dict[str, bool] = {}
 
@@ -147,7 +149,9 @@ class Worker:
         if reply.moved:
             log.info("limits.changed pool=%s class=%s accounts=%d", self.pool, to.model_class, reply.moved)
 
-    def acquire(self, request: Request, avoid: tuple[str, ...] = ()) -> Generator[Any, Any, tuple[float, Answer]]:
+    def acquire(
+        self, request: Request, avoid: tuple[str, ...] = (), never: tuple[str, ...] = ()
+    ) -> Generator[Any, Any, tuple[float, Answer]]:
         """Ask once for a lease."""
         if self.warn_once:
             self._warn()
@@ -156,7 +160,7 @@ class Worker:
         to = self.registration(request.model)
         if to.ring not in self._registered:
             yield from self.register(to)
-        ask = Ask(self.next_id(), request.tokens, request.model, avoid, request.wanted)
+        ask = Ask(self.next_id(), request.tokens, request.model, avoid, request.wanted, never)
         op = Acquire(to, self.ttl_ms, (ask,))
         now, answers = yield op
         if type(answers) is NotRegistered:
@@ -265,6 +269,11 @@ class Worker:
                 why[self.label(fingerprint)] = reason
         return why
 
+    def all_disabled(self, request: Request) -> Generator[Any, Any, bool]:
+        """Whether every key that serves the model is disabled until somebody enables it."""
+        _, snapshot = yield from self.inspect_registration(self.registration(request.model))
+        return all(key.disabled_ms == -1 for key in snapshot.keys.values())
+
     def admin(self, verb: str, key: Key, ms: int | None = None) -> Steps:
         """disable, enable or reset a key in the whole pool."""
         classes = tuple(to.model_class for to in self.registrations())
@@ -294,7 +303,7 @@ class Worker:
             )
 
     def label(self, fingerprint: str) -> str:
-        key = self.keys.get(fingerprint)
+        key = self.known.get(fingerprint)
         return key.name if key else fingerprint
 
     def _warn(self) -> None:

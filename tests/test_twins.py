@@ -171,7 +171,9 @@ class Twins(RuleBasedStateMachine):
         made = []
         for tokens, steered in asks:
             self.number += 1
-            around = (tuple(names[:avoid]), tuple(names[-wanted:] if wanted else ())) if steered else ((), ())
+            around = (tuple(names[:avoid]), tuple(names[-wanted:] if wanted else ()), ()) if steered else ((), (), ())
+            if steered and avoid == 3:
+                around = ((), *around[1:2], around[0])
             made.append(Ask(f"w:{self.number}", tokens, model, *around))
         if repeat and self.held:
             made.append(self.held[-1].ask)

@@ -246,9 +246,9 @@ class MemoryBackend:
         if pool.breaker:
             open_at = pool.opens(pool.breaker)
             if open_at is None:
-                return Refused(POLL, pool.breaker.reason, False)
+                return Refused(POLL, pool.breaker.reason, False, False)
             if open_at > now:
-                return Refused(open_at - now, pool.breaker.reason, False)
+                return Refused(open_at - now, pool.breaker.reason, False, True)
         best, why, loose, bounded, last = NEVER, "", False, False, 0.0
         first_try = True
         candidates = [(score, name) for name in ask.wanted if (score := ring.index.scores.get(name)) is not None]
@@ -259,7 +259,7 @@ class MemoryBackend:
                     bounded = True
                     break
                 last = max(last, at)
-                if (account_name in ask.avoid) != avoided:
+                if (account_name in ask.avoid) != avoided or account_name in ask.never:
                     continue
                 member = ring.members[account_name]
                 time, reason, vague, key = self._judge(pool, known, member, ask.tokens, ask.model)
@@ -275,10 +275,10 @@ class MemoryBackend:
             else:
                 bounded = bounded or len(ring.index.order) < EXAMINED
         if not bounded:
-            return Refused(math.floor(max(0, min(best, last) - now)), why, False)
+            return Refused(math.floor(max(0, min(best, last) - now)), why, False, True)
         if best == NEVER:
             return TooLarge(why)
-        return Refused(best - now, why, not loose)
+        return Refused(best - now, why, not loose, not loose)
 
     @staticmethod
     def _back(pool: Pool, account: Account) -> float:
@@ -318,9 +318,12 @@ class MemoryBackend:
         self._reap(known, op.ttl_ms)
         ring = known.rings.get(to.ring)
         index = ring.index if ring else Index()
-        return [self._close_lease(pool, known, index, closing, op.ttl_ms) for closing in op.closings]
+        key_count = len(to.fingerprints)
+        return [self._close_lease(pool, known, index, key_count, closing, op.ttl_ms) for closing in op.closings]
 
-    def _close_lease(self, pool: Pool, known: ModelClass, index: Index, closing: Closing, ttl: int) -> Settled:
+    def _close_lease(
+        self, pool: Pool, known: ModelClass, index: Index, key_count: int, closing: Closing, ttl: int
+    ) -> Settled:
         lease = known.leases.get(closing.id)
         if lease is None or lease.state == TOMB:
             if lease is None:
@@ -341,7 +344,7 @@ class MemoryBackend:
                     meter.amend(closing.tokens - lease.tokens, lease.granted, pool.now)
         del known.leases[closing.id]
         known.expiry.drop(closing.id)
-        return Settled(int(late), conclude(pool, known, len(index.order), closing, lease))
+        return Settled(int(late), conclude(pool, known, (len(index.order), key_count), closing, lease))
 
     def _count(self, pool: Pool, known: ModelClass, index: Index, lease: Lease, closing: Closing) -> None:
         unsent, tokens = closing.outcome == "unsent", closing.tokens

@@ -43,7 +43,7 @@ class KeyScope(Scope):
         self.models: dict[str, int] = {}
 
 
-def conclude(pool: Pool, known: ModelClass, ring_size: int, closing: Closing, lease: Lease) -> str:
+def conclude(pool: Pool, known: ModelClass, ring_size: tuple[int, int], closing: Closing, lease: Lease) -> str:
     """What follows from the outcome of a lease; returns the advice to who settled."""
     if closing.outcome == "ok":
         account = known.accounts.get(closing.account)
@@ -63,7 +63,8 @@ def conclude(pool: Pool, known: ModelClass, ring_size: int, closing: Closing, le
 class Verdicts:
     """The outcomes, one a method."""
 
-    def __init__(self, pool: Pool, known: ModelClass, ring_size: int) -> None:
+    def __init__(self, pool: Pool, known: ModelClass, ring_size: tuple[int, int]) -> None:
+        """`ring_size`: the accounts and the keys of the ring."""
         self.pool, self.known, self.ring_size = pool, known, ring_size
 
     def _heal_key(self, key: str, scope: KeyScope) -> None:
@@ -124,7 +125,9 @@ class Verdicts:
         pool, now = self.pool, self.pool.now
         pool.auth[closing.key] = (now, closing.account)
         pool.auth = {key: entry for key, entry in pool.auth.items() if entry[0] + AUTH_WINDOW > now}
-        if len({account for _, account in pool.auth.values()}) >= min(3, self.ring_size):
+        accounts, keys = self.ring_size
+        failing = {account for _, account in pool.auth.values()}
+        if len(failing) >= min(3, accounts) and len(pool.auth) >= min(3, keys):
             returned = False
             for key in pool.auth:
                 scope = pool.keys.get(key)
