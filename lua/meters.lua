@@ -99,6 +99,7 @@ local function make_windows(class)
         a[x + 1], m[3], m[4] = a[x + 1] + 1, at, n
       end,
       amend = function(a, i, q, n, granted)
+        if granted + q[4 * i + 1] <= now then return end   -- its window has gone
         local m, x, place = prune(a, i, q), 5 + 2 * i, 1
         local time = m[1]
         for _ = 2, a[x + 1] do

@@ -176,8 +176,8 @@ end
 -- What follows from an outcome; returns the advice to who settled.
 local function conclude(id, lease, account, key, model, outcome, detail, jitter, index)
   if outcome == 'ok' then
-    local a, packed = accounts[account], get(class, 's:' .. model)
-    if a and a[4] > 0 then a[4] = 0; touched[account] = true end
+    local a, packed = account_of(class, account, quota_of(class, account)), get(class, 's:' .. model)
+    if a[4] > 0 then a[4] = 0; touched[account] = true end
     local served = packed and cmsgpack.unpack(packed) or {}
     if served[1] ~= account and not served[2] then
       served[#served + 1] = account
@@ -188,5 +188,5 @@ local function conclude(id, lease, account, key, model, outcome, detail, jitter,
     end
   end
   verdicts = verdicts or make_verdicts(index)
-  return verdicts[outcome](id, lease, account, key, model, detail, jitter) or ''
+  return (verdicts[outcome] or verdicts.neutral)(id, lease, account, key, model, detail, jitter) or ''
 end

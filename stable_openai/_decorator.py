@@ -109,13 +109,13 @@ class Decorated:
         for name, strategy in (("stop", stop), ("wait", wait), ("classify", classify)):
             if strategy is not None and not callable(strategy):
                 raise ConfigurationError(name, "must be a function")
+        self.name = getattr(function, "__qualname__", "the function")
         self.signature = inspect.signature(function)
         parameters = self.signature.parameters
         self.injected = tuple(name for name in PROVIDED if name in parameters and _by_name(parameters[name]))
         if not self.injected:
-            name = getattr(function, "__qualname__", "the function")
             raise ConfigurationError(
-                "stable", f"{name} declares none of the parameters {', '.join(PROVIDED)}; add api_key"
+                "stable", f"{self.name} declares none of the parameters {', '.join(PROVIDED)}; add client or api_key"
             )
         # Callers do not see the injected parameters: what they give by place is for the others, in their order.
         declared = [name for name, parameter in parameters.items() if parameter.kind in BY_PLACE]
@@ -184,7 +184,7 @@ class Decorated:
         named = dict(zip(self.positions, args))
         twice = named.keys() & kwargs.keys()
         if twice:
-            raise TypeError(f"{self.function.__name__}() got multiple values for argument {min(twice)!r}")
+            raise TypeError(f"{self.name}() got multiple values for argument {min(twice)!r}")
         return (), {**named, **kwargs}
 
     def has_own(self, kwargs: Mapping[str, Any], args: tuple[Any, ...]) -> bool:
@@ -230,14 +230,14 @@ class OneCall:
         self.worker, self.backend = manager._worker, manager._backend
         self.request = decorated.request(manager, args, kwargs)
         self.lease: Lease | None = None
-        if "client" in decorated.injected:
+
+    def flow(self) -> Flow:
+        if "client" in self.decorated.injected:
             # Before there is a lease: it may take a second, and what is leased should be sent at once.
             from stable_openai._clients import shared_client
 
-            shared_client(is_async)
-
-    def flow(self) -> Flow:
-        return call(self.worker, self.request, self.decorated.policy, monotonic(), self.reported)
+            shared_client(self.is_async)
+        return (yield from call(self.worker, self.request, self.decorated.policy, monotonic(), self.reported))
 
     def reported(self) -> tuple[int | None, Verdict | None]:
         return self.lease.reported() if self.lease else (None, None)
@@ -251,7 +251,7 @@ class OneCall:
             if name == "api_key":
                 given[name] = key.secret.reveal()
             elif name == "base_url":
-                given[name] = key.base_url
+                given[name] = given.get(name) or key.base_url
             elif name == "client":
                 from stable_openai._clients import client_for
 

@@ -81,9 +81,10 @@ def drive_generator(
     inner: Generator[Any, Any, Any] | None = None
     first: Any = None
     value: Any
+    failure: Exception | None
     effect = next(flow)
     while True:
-        kind = type(effect)
+        kind, value, failure = type(effect), None, None
         if kind is Attempt:
             try:
                 inner = start(effect.lease)
@@ -106,10 +107,9 @@ def drive_generator(
             try:
                 value = backend.run(effect)
             except Exception as error:
-                effect = flow.throw(error)
-                continue
+                failure = error
         try:
-            effect = flow.send((monotonic(), value))
+            effect = flow.send((monotonic(), value)) if failure is None else flow.throw(failure)
         except StopIteration as stop:
             return result(stop.value)
 
@@ -142,10 +142,11 @@ async def adrive_generator(
     inner: AsyncGenerator[Any, Any] | None = None
     item: Any = None
     value: Any
+    failure: Exception | None
     effect = next(flow)
     try:
         while True:
-            kind = type(effect)
+            kind, value, failure = type(effect), None, None
             if kind is Attempt:
                 try:
                     inner = start(effect.lease)
@@ -178,10 +179,9 @@ async def adrive_generator(
                 try:
                     value = await arun(worker, backend, effect)
                 except Exception as error:
-                    effect = flow.throw(error)
-                    continue
+                    failure = error
             try:
-                effect = flow.send((monotonic(), value))
+                effect = flow.send((monotonic(), value)) if failure is None else flow.throw(failure)
             except StopIteration as stop:
                 result(stop.value)
                 return
@@ -190,8 +190,11 @@ async def adrive_generator(
             await inner.aclose()
 
 
-def result(outcome: Outcome) -> Any:
-    """What the call comes to: the user's result, or the user's error, unchanged."""
+def result(outcome: Outcome | None) -> Any:
+    """What the call comes to: the user's result, or the user's error, unchanged. (None: the flow was finalised first,
+    in a cycle that the garbage collector found.)"""
+    if outcome is None:
+        return None
     if type(outcome) is Raised:
         raise outcome.error
     return outcome.value  # type: ignore[union-attr]
@@ -249,6 +252,8 @@ async def _finish(worker: Worker, backend: Any, op: Any, task: Awaitable[Any]) -
                 await backend.arun(Settle(op.to, op.ttl_ms, closings))
                 worker.line.wake()
     except Exception as error:
+        if type(op) is Settle:
+            worker.pending.extend((op.to, closing) for closing in op.closings)
         log.warning("operation.lost pool=%s op=%s error=%s", worker.pool, type(op).__name__, type(error).__name__)
 
 

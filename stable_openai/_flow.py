@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from stable_openai._ops import Gone, Granted, Refused, TooLarge
 from stable_openai._verdict import Verdict, judge, redact
 from stable_openai._worker import Request, Worker
-from stable_openai.errors import BrokerUnavailable, Exhausted, NoKeys, RequestTooLarge
+from stable_openai.errors import BrokerUnavailable, ConfigurationError, Exhausted, NoKeys, RequestTooLarge
 
 __all__ = [
     "Attempt", "Deliver", "Flow", "Outcome", "Policy", "Raised", "Returned", "Sleep", "Started", "call", "obtain",
@@ -34,6 +34,7 @@ __all__ = [
 
 MOVES = 8
 POLL_S = 5.0
+REASONS = {kind: f"the breaker, after failures of the upstream ({kind})" for kind in ("5xx", "connection", "timeout")}
 SHORTEST_S = 0.02
 ASK_AGAIN_S = 1.0
 NO_OUTAGE = ("408", "409")  # they are about the request: the breaker does not count them
@@ -153,6 +154,7 @@ def obtain(
 ) -> Generator[Any, Any, tuple[float, Granted | None]]:
     """A lease, waiting for it until the deadline; None where `never` leaves no account. `error` is what the attempt
     before raised; what is raised here is raised from it."""
+    looks = 0
     while True:
         try:
             now, answer = yield from worker.acquire(request, avoid, never)
@@ -178,8 +180,9 @@ def obtain(
             yield from _give_up(worker, request, answer, error)  # until somebody enables one
         if not answer.timed and wait >= POLL_S:  # look again, not all at the same moment
             wait *= random.uniform(0.9, 1.1)
-        if not answer.exact:
-            wait = max(SHORTEST_S, wait)
+        if not answer.exact and wait < SHORTEST_S:  # there are more accounts than one look covers
+            wait = min(POLL_S, SHORTEST_S * 2**looks)
+            looks += 1
         if now + wait > deadline:
             if answer.timed or deadline - now < SHORTEST_S:
                 yield from _give_up(worker, request, answer, error)
@@ -197,15 +200,15 @@ def _give_up(
     if out is not None:
         why = ", ".join(f"{name}: {reason}" for name, reason in out.items())
         raise NoKeys(
-            f"every key of pool {worker.pool!r} is out ({why})",
+            f"no key of pool {worker.pool!r} can be used ({why})",
             keys=out,
             retry_after=retry_after,
             reason=refusal.reason,
         ) from error
-    when = "at a time that is not known" if retry_after is None else f"in {wait:.1f} s"
+    when = "at a time that is not known" if retry_after is None else f"in {wait:.1f} s, which is later"
     raise Exhausted(
-        f"no key of pool {worker.pool!r} can serve within max_wait={request.max_wait:g} s; "
-        f"the next can {when} ({refusal.reason})",
+        f"no key of pool {worker.pool!r} can serve before the call's {request.max_wait:g} s (max_wait) are over; "
+        f"the next can {when}; in the way: {REASONS.get(refusal.reason, refusal.reason)}",
         retry_after=retry_after,
         reason=refusal.reason,
     ) from error
@@ -215,6 +218,8 @@ def verdict_of(error: BaseException, classify: Callable[[BaseException], Verdict
     """The user's verdict, else ours."""
     if classify is not None and isinstance(error, Exception):
         verdict = classify(error)
+        if verdict is not None and not isinstance(verdict, Verdict):
+            raise ConfigurationError("classify", "must give a Verdict, or None")
         if verdict is not None:
             return verdict
     return judge(error)

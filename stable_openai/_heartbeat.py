@@ -3,16 +3,19 @@
 It starts with the first lease, looks every third of the shortest ttl, and ends when there is nothing left to do. It
 serves coroutines too: a lease is renewed for as long as its process lives, even while an event loop is busy. (So
 there is no task for each loop, as the design first had it: one mechanism, and one more connection a process.)
+
+Finalisers may run anywhere, inside any lock: they only append to a worker's `pending`, and call nothing here. The
+thread that their lease needed is still there, and looks at what is pending before it ends.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,60 +24,80 @@ if TYPE_CHECKING:
 __all__ = ["heartbeat"]
 
 log = logging.getLogger("stable_openai.leases")
+FLUSH_S = 1.0
 
 
 class Heartbeat:
     def __init__(self) -> None:
-        self._runs: weakref.WeakKeyDictionary[Worker, Callable[[Generator[Any, Any, Any]], Any]]
-        self._runs = weakref.WeakKeyDictionary()
+        self._served: tuple[weakref.ref[Worker], ...] = ()  # replaced whole, so that it can be read at any time
         self.begin_life()
 
     def begin_life(self) -> None:
         self._mutex = threading.Lock()
         self._thread: threading.Thread | None = None
         self._sooner = threading.Event()
-        self._pause = 0.0
+        self._pause = math.inf
 
-    def serve(self, worker: Worker, run: Callable[[Generator[Any, Any, Any]], Any]) -> None:
-        """Serve this worker from now on; `run` drives its steps."""
-        self._runs[worker] = run
+    def serve(self, worker: Worker) -> None:
+        """Serve this worker from now on, for as long as somebody else holds it."""
+        with self._mutex:
+            known = [ref for ref in self._served if ref() is not None]
+            self._served = (*known, weakref.ref(worker))
 
     def watch(self, worker: Worker) -> None:
-        """The worker has something to do: there must be a thread, and it must not sleep for longer than that."""
+        """The worker has a lease: there must be a thread, and it must not sleep for longer than that allows."""
         if self._pause > worker.ttl_ms / 3000:
             self._sooner.set()
         if self._thread is None:
             with self._mutex:
                 if self._thread is None:
-                    self._thread = threading.Thread(target=self._beat, name="stable_openai-heartbeat", daemon=True)
-                    self._thread.start()
+                    thread = threading.Thread(target=self._live, name="stable_openai-heartbeat", daemon=True)
+                    thread.start()
+                    self._thread = thread
 
-    def _beat(self) -> None:
-        while True:
-            busy = [worker for worker in tuple(self._runs) if worker.live or worker.pending]
-            pauses = [1.0 if worker.pending else worker.ttl_ms / 3000 for worker in busy]
-            self._pause = min(pauses, default=0.0)
-            if self._sooner.wait(self._pause):
-                self._sooner.clear()
-                continue
-            for worker, run in tuple(self._runs.items()):
-                try:
-                    run(worker.flush())
-                    run(worker.renew(time.monotonic()))
-                except Exception as error:
-                    log.warning("heartbeat.failed pool=%s error=%s", worker.pool, type(error).__name__)
-            if not self._busy():
-                # A lease that is granted between the two looks finds no thread, or is seen by the second.
-                self._thread = None
-                if not self._busy():
-                    return
-                with self._mutex:
-                    if self._thread is not None:
-                        return
-                    self._thread = threading.current_thread()
+    def _workers(self) -> list[Worker]:
+        workers = [ref() for ref in self._served]
+        return [worker for worker in workers if worker is not None and (worker.live or worker.pending)]
 
-    def _busy(self) -> bool:
-        return any(worker.live or worker.pending for worker in tuple(self._runs))
+    def _live(self) -> None:
+        try:
+            while self._beat():
+                pass
+        finally:
+            self._thread = None
+
+    def _beat(self) -> bool:
+        """One look. Says whether there is more to do."""
+        self._sooner.clear()
+        self._pause = math.inf  # a lease that comes from now on wakes this thread
+        pauses = [FLUSH_S if worker.pending else worker.ttl_ms / 3000 for worker in self._workers()]
+        self._pause = min(pauses, default=0.0)
+        if self._sooner.wait(self._pause):
+            return True
+        # What is renewed comes before what may wait; the shortest lease first.
+        workers = sorted(self._workers(), key=lambda worker: worker.ttl_ms)
+        for worker in workers:
+            self._try(worker, worker.renew(time.monotonic()))
+        for worker in workers:
+            self._try(worker, worker.flush())
+        if self._workers():
+            return True
+        # A lease that is granted between the two looks finds no thread, or is seen by the second.
+        self._thread = None
+        if not self._workers():
+            return False
+        with self._mutex:
+            if self._thread is not None:
+                return False
+            self._thread = threading.current_thread()
+            return True
+
+    @staticmethod
+    def _try(worker: Worker, steps: Any) -> None:
+        try:
+            worker.run(steps)
+        except Exception as error:
+            log.warning("heartbeat.failed pool=%s error=%s", worker.pool, type(error).__name__)
 
 
 heartbeat = Heartbeat()

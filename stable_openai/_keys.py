@@ -78,7 +78,7 @@ class Key:
         if not isinstance(weight, int) or isinstance(weight, bool) or not 1 <= weight <= 1000:
             raise ConfigurationError("weight", "must be a whole number from 1 to 1000")
         for field, label in (("name", name), ("account", account)):
-            if label is not None and (not isinstance(label, str) or not label or "\n" in label):
+            if label is not None and (not isinstance(label, str) or not label or not label.isprintable()):
                 raise ConfigurationError(field, "must be a name of one line, or left out")
             if label is not None and secret in label:  # it is shown, and known to Redis
                 raise ConfigurationError(field, "holds the key itself; use a name that may be shown")
@@ -140,7 +140,9 @@ def as_keys(keys: Iterable[str | Key] | Mapping[str, str]) -> tuple[Key, ...]:
         raise ConfigurationError("keys", "must be a list of keys; put the one key into a list")
     made = tuple(key if isinstance(key, Key) else Key(key) for key in keys)
     if not made:
-        raise ConfigurationError("keys", "there are none; give at least one API key")
+        raise ConfigurationError(
+            "keys", "there are none; give at least one, or set STABLE_OPENAI_KEYS or OPENAI_API_KEY"
+        )
     seen: dict[str, int] = {}
     for position, key in enumerate(made):
         if key.fingerprint in seen:

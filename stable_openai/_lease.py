@@ -96,10 +96,17 @@ class Lease:
             # A success takes back what was reported before.
             self._verdict = verdict_of_response(status, headers or {}, error) if status >= 400 else None
 
+    def unproven(self) -> None:
+        """Nothing was sent by whoever holds the lease, so its end proves nothing of the key."""
+        self._verdict = Verdict("neutral", "raise")
+
     def reported(self) -> tuple[int | None, Verdict | None]:
         return self._tokens, self._verdict
 
     def _open(self) -> Any:
+        if self._granted is not None:
+            raise RuntimeError("the lease is held already: make one for each use")
+        self._tokens = self._verdict = None
         began = monotonic()
         deadline = began + self._request.max_wait
         _, self._granted = yield from obtain(self._worker, self._request, (), (), began, deadline, None)

@@ -154,17 +154,18 @@ def _capacity(limit: int, period: int, burst_ms: float | None, headroom_ms: int)
 
 
 def day_starts(tz: str, now_ms: int, days: int = 8) -> list[int]:
-    """The last midnight of the time zone and the next ones, as epoch milliseconds (days of 23 and 25 hours too)."""
+    """The last two midnights of the time zone and the next ones, as epoch ms (days of 23 and 25 hours too)."""
     from datetime import datetime, timedelta, timezone
 
     zone = timezone.utc if tz == "UTC" else _zone(tz)
     today = datetime.fromtimestamp(now_ms / 1000, zone).date()
     midnights = (
         datetime(day.year, day.month, day.day, tzinfo=zone)
-        for day in (today + timedelta(days=ahead) for ahead in range(-1, days))
+        for day in (today + timedelta(days=ahead) for ahead in range(-2, days))
     )
     starts = [int(midnight.timestamp() * 1000) for midnight in midnights]
-    return [start for start, following in zip(starts, [*starts[1:], math.inf]) if following > now_ms]
+    # One midnight more than seems needed: the store's clock decides, and this one may be ahead of it.
+    return [start for start, following in zip(starts, [*starts[1:], math.inf]) if following > now_ms - DAY_MS]
 
 
 def _zone(name: str) -> Any:

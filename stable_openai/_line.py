@@ -21,10 +21,14 @@ class Line:
 
     def wake(self) -> None:
         """Something was freed: wake the first waiter."""
-        try:
-            self._wakers.popleft()()
-        except IndexError:
-            return
+        while True:
+            try:
+                self._wakers.popleft()()
+                return
+            except IndexError:
+                return
+            except RuntimeError:  # its event loop is closed: the next one
+                continue
 
     def wait(self, seconds: float) -> None:
         """Block the thread until it is woken, at most so long."""

@@ -26,7 +26,7 @@ class PerLoop:
         held = self._held.get(loop)
         if held is None:
             for closed in [other for other in tuple(self._held) if other.is_closed()]:
-                del self._held[closed]
+                self._held.pop(closed, None)
             resource = self._make()
             keeper = self._keep(loop, resource)
             try:

@@ -58,11 +58,16 @@ def _key_state(worker: Worker, fingerprint: str, seen: list[tuple[Registration, 
     key = worker.keys[fingerprint]
     state, reason, ms, live = "ready", "", 0, 0
     meters: list[MeterStatus] = []
+    classes: set[str] = set()
     for to, snapshot in seen:
         row, account = snapshot.keys.get(fingerprint), snapshot.accounts.get(key.account)
         if row is None or account is None:
             continue
-        live += account.live
+        if to.model_class not in classes:  # several rings may hold the account
+            live += account.live
+            classes.add(to.model_class)
+        else:
+            account = account._replace(meters={})
         meters += [MeterStatus(to.model_class, name, used, of) for name, (used, of) in account.meters.items()]
         if row.disabled_ms:
             state, reason, ms = "disabled", "disabled", row.disabled_ms

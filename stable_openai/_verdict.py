@@ -20,7 +20,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from stable_openai.errors import ConfigurationError
 
 __all__ = ["Verdict", "judge", "redact", "verdict_of_response"]
 
@@ -47,6 +49,12 @@ class Verdict:
     reason: str = ""
     wait_s: float | None = None
     sent: bool = True
+
+    def __post_init__(self) -> None:
+        if self.outcome not in get_args(Outcome) or self.action not in get_args(Action):
+            raise ConfigurationError("classify", f"gave the unknown verdict ({self.outcome!r}, {self.action!r})")
+        if self.wait_s is not None and not 0 <= self.wait_s < float("inf"):
+            raise ConfigurationError("classify", "gave a wait that is not a number of seconds")
 
 
 # Codes that name their meaning, whatever the status (OpenAI's error reference; `*` ends a prefix or starts a suffix).
@@ -233,9 +241,9 @@ def redact(error: BaseException) -> None:
         if link is None or id(link) in seen:
             continue
         seen.add(id(link))
-        for holder in (link, getattr(link, "response", None)):
-            headers = getattr(_request_of(holder), "headers", None)
-            for name in ("authorization", "api-key"):
+        for holder in (link, _get(link, "response")):
+            headers = _get(_get(holder, "request"), "headers")
+            for name in ("authorization", "api-key", "x-api-key", "x-goog-api-key"):
                 try:
                     if headers is not None and name in headers:
                         headers[name] = "[redacted]"
@@ -244,8 +252,8 @@ def redact(error: BaseException) -> None:
         todo += (link.__cause__, link.__context__, *getattr(link, "exceptions", ()))  # a group's, such as a TaskGroup's
 
 
-def _request_of(holder: object) -> object:
+def _get(holder: object, name: str) -> Any:
     try:
-        return getattr(holder, "request", None)
+        return getattr(holder, name, None)
     except Exception:  # httpx raises where a response has no request
         return None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import random
 import sys
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from stable_openai._keys import Key
@@ -75,6 +76,9 @@ class Worker:
         self.headroom_s = headroom_s
         self.on_redis_down = on_redis_down
         self.warn_once = False
+        self._warned = False
+        self.class_names: set[str] = set()
+        self.run: Callable[[Steps], Any] = list
         self.hold(keys)
         self.begin_life()
 
@@ -105,12 +109,13 @@ class Worker:
 
     def registration(self, model: str) -> Registration:
         """The keys that serve a model, with the limits of its class: a ring of their own where not all of them do."""
-        found = self._by_model.get(model)
+        by_model = self._by_model  # that of these keys, whatever is held meanwhile
+        found = by_model.get(model)
         if found is None:
-            found = self._by_model[model] = self._register_for(model)
+            found = by_model[model] = self._register_for(model, by_model)
         return found
 
-    def _register_for(self, model: str) -> Registration:
+    def _register_for(self, model: str, by_model: dict[str, Registration]) -> Registration:
         name = class_of(model, self.classes)
         of_class = self.classes.get(name)
         declared = self.limits if of_class is None else of_class.over(self.limits)
@@ -128,7 +133,9 @@ class Worker:
                 quotas.append(mine)
             weighted = tuple((key.fingerprint, key.weight) for key in keys)
             members.append(Member(account, quotas.index(mine), sum(key.weight for key in keys), weighted))
-        return Registration(self.pool, name, quotas, members)
+        self.class_names.add(name)
+        made = Registration(self.pool, name, quotas, members)
+        return next((one for one in tuple(by_model.values()) if one.ring == made.ring), made)
 
     def counts_tokens(self, model: str) -> bool:
         """Whether the limits of the model's class count tokens: otherwise nobody need estimate them."""
@@ -178,13 +185,17 @@ class Worker:
         self, request: Request, lease: Granted, outcome: str, detail: str = "", tokens: int | None = None
     ) -> Generator[Any, Any, str]:
         """Close a lease; what cannot be closed now is closed with the next operation. Returns the store's advice."""
+        live = self.live.pop(lease.id, None)
+        if live is None:  # a parent's lease in a forked child, or one that has been settled
+            return ""
+        to = live[0]
         closing = self._closing(request, lease, outcome, detail, tokens)
-        to = self._forget(request, lease)
         try:
             _, replies = yield Settle(to, self.ttl_ms, (closing,))
         except BrokerUnavailable:
             log.warning("settle.deferred pool=%s lease=%s", self.pool, lease.id)
-            self._defer(to, closing)
+            self.pending.append((to, closing))
+            heartbeat.watch(self)
             return ""
         self.line.wake()
         if replies[0].code == 1:
@@ -192,34 +203,33 @@ class Worker:
         return str(replies[0].advice)
 
     def abandon(self, request: Request, lease: Granted, outcome: str, tokens: int | None = None) -> None:
-        """Close a lease from a finaliser: the closing is only queued."""
-        self._defer(self._forget(request, lease), self._closing(request, lease, outcome, "", tokens))
-
-    def _forget(self, request: Request, lease: Granted) -> Registration:
-        live = self.live.pop(lease.id, None)
-        return live[0] if live else self.registration(request.model)
+        """Close a lease from a finaliser: the closing is only queued, and no lock is taken."""
+        live = self.live.get(lease.id)
+        if live is not None:
+            self.pending.append((live[0], self._closing(request, lease, outcome, "", tokens)))
+            self.live.pop(lease.id, None)
 
     def _closing(self, request: Request, lease: Granted, outcome: str, detail: str, tokens: int | None) -> Closing:
         jitter = random.random() if outcome == "limited" else 0.0
         return Closing(lease.id, lease.account, lease.key, request.model, outcome, tokens, detail, jitter)
 
-    def _defer(self, to: Registration, closing: Closing) -> None:
-        self.pending.append((to, closing))
-        heartbeat.watch(self)
-
     def flush(self) -> Steps:
         """Settle what is pending."""
-        while self.pending:
-            to = self.pending[0][0]
-            batch: list[Closing] = []
-            while self.pending and len(batch) < BATCH and self.pending[0][0] is to:
-                batch.append(self.pending.popleft()[1])
-            try:
-                yield Settle(to, self.ttl_ms, tuple(batch))
-            except BrokerUnavailable:
-                self.pending.extendleft((to, closing) for closing in reversed(batch))
-                return
-            self.line.wake()
+        taken: dict[str, tuple[Registration, list[Closing]]] = {}
+        try:
+            while True:
+                to, closing = self.pending.popleft()
+                taken.setdefault(to.ring, (to, []))[1].append(closing)
+        except IndexError:
+            pass
+        for to, closings in taken.values():
+            for first in range(0, len(closings), BATCH):
+                batch = closings[first : first + BATCH]
+                try:
+                    yield Settle(to, self.ttl_ms, tuple(batch))
+                except BrokerUnavailable:
+                    self.pending.extend((to, closing) for closing in batch)
+                self.line.wake()
 
     def renew(self, now: float) -> Steps:
         """Extend the leases that were granted or renewed a third of their ttl ago."""
@@ -234,7 +244,8 @@ class Worker:
                 for id, alive in zip(batch, renewed):
                     if alive and id in self.live:
                         self.live[id] = (to, now)
-                    elif self.live.pop(id, None):
+                    elif id in self.live:  # kept until it is settled, and no longer renewed
+                        self.live[id] = (to, math.inf)
                         log.warning("lease.lost pool=%s lease=%s", self.pool, id)
 
     def inspect_registration(self, to: Registration) -> Generator[Any, Any, tuple[Registration, Snapshot]]:
@@ -244,8 +255,8 @@ class Worker:
         return to, snapshot
 
     def registrations(self) -> list[Registration]:
-        """Those that have been used, one for each class."""
-        return list({to.model_class: to for to in tuple(self._by_model.values())}.values())
+        """Those that have been used, one for each ring."""
+        return list({to.ring: to for to in tuple(self._by_model.values())}.values())
 
     def why_out(self, request: Request) -> Generator[Any, Any, dict[str, str] | None]:
         """Why every key that serves the model is out, by label; None where one is not."""
@@ -276,7 +287,7 @@ class Worker:
 
     def admin(self, verb: str, key: Key, ms: int | None = None) -> Steps:
         """disable, enable or reset a key in the whole pool."""
-        classes = tuple(to.model_class for to in self.registrations())
+        classes = tuple(sorted(self.class_names))
         op = Admin(self.pool, verb, key.fingerprint, key.account, ms, classes)
         _, done = yield op
         if not done:
@@ -305,6 +316,16 @@ class Worker:
     def label(self, fingerprint: str) -> str:
         key = self.known.get(fingerprint)
         return key.name if key else fingerprint
+
+    def warn_of_no_model(self) -> None:
+        """Say once that a call without a model passes by what was declared for models."""
+        if not self._warned and (self.classes or any(key.models for key in self.keys.values())):
+            self._warned = True
+            log.warning(
+                "model.unknown pool=%s: a call names no model, so models= does not apply; write @stable(model=...), "
+                "or give the function a parameter `model`",
+                self.pool,
+            )
 
     def _warn(self) -> None:
         self.warn_once = False

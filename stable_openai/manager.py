@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["KeyManager", "default_manager"]
 
 _open: list[KeyManager] = []
+_made: weakref.WeakSet[KeyManager] = weakref.WeakSet()
 _registry = threading.Lock()
 _making = threading.Lock()
 NO_MODEL = "-"
@@ -55,7 +57,7 @@ class KeyManager:
     _worker: Worker
 
     def __new__(cls, api_keys: Iterable[str | Key] | None = None, redis: Any = None, **options: Any) -> KeyManager:
-        if api_keys is None and redis is None and not options:
+        if cls is KeyManager and api_keys is None and redis is None and not options:
             found = find_default()
             if found is not None:
                 return found
@@ -117,9 +119,12 @@ class KeyManager:
             from stable_openai.backends.redis import RedisBackend
 
             self._backend = RedisBackend(redis, ttl_s=lease_ttl)
-        heartbeat.serve(self._worker, self._do)
+        self._worker.run = self._do
+        self._mutex = threading.Lock()
+        heartbeat.serve(self._worker)
         with _registry:
             _open.append(self)
+            _made.add(self)
 
     def __repr__(self) -> str:
         return f"KeyManager(pool={self.pool!r}, keys={len(self._worker.keys)}, backend={self._kind!r})"
@@ -147,6 +152,8 @@ class KeyManager:
     def counts_tokens(self, model: str | None) -> bool:
         """Whether the limits of a model count tokens."""
         self._needs_keys()
+        if model is None:
+            self._worker.warn_of_no_model()
         return self._worker.counts_tokens(model or NO_MODEL)
 
     def _needs_keys(self) -> None:
@@ -220,13 +227,15 @@ class KeyManager:
     def add(self, key: str | Key) -> None:
         """Hold one more key from now on, in this worker."""
         made = key if isinstance(key, Key) else Key(key)
-        self._worker.hold(as_keys([*self._worker.keys.values(), made]))
+        with self._mutex:
+            self._worker.hold(as_keys([*self._worker.keys.values(), made]))
         self._worker.line.wake()
 
     def remove(self, key: str | Key) -> None:
         """Hold a key no longer, in this worker; its live leases settle as usual."""
         gone = self._find(key)
-        self._worker.hold([mine for mine in self._worker.keys.values() if mine is not gone])
+        with self._mutex:
+            self._worker.hold([mine for mine in self._worker.keys.values() if mine is not gone])
 
     async def aadd(self, key: str | Key) -> None:
         """The same as add()."""
@@ -288,6 +297,7 @@ class KeyManager:
     def get_key(self) -> str:
         """A key's secret, for one request now; waits for one. Prefer `lease()`, which sees what comes of it."""
         with self.lease() as lease:
+            lease.unproven()
             return lease.api_key
 
     def set_ttl(self, key: str, ttl: float) -> None:
@@ -340,7 +350,8 @@ def default_manager() -> KeyManager:
 def _after_fork_in_child() -> None:
     global _registry, _making
     _registry, _making = threading.Lock(), threading.Lock()
-    for manager in _open:
+    for manager in tuple(_made):
+        manager._mutex = threading.Lock()
         manager._worker.begin_life()
         manager._worker.warn_once = manager._backend.local
         manager._backend.after_fork()

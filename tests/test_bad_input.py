@@ -265,7 +265,7 @@ def misspelt(prompt: str, apikey: str) -> None: ...
 @pytest.mark.parametrize("function", [without, anything, anywhere, by_place, misspelt])
 def test_a_function_that_declares_none_of_the_parameters(function: Callable[..., None]) -> None:
     refused(lambda: stable(function), "stable", f"{function.__name__} declares none of the parameters api_key")
-    refused(lambda: stable(model="gpt-4o")(function), "stable", "add api_key")
+    refused(lambda: stable(model="gpt-4o")(function), "stable", "add client or api_key")
 
 
 @pytest.mark.parametrize("nothing", [5, "gpt-4o", SECRET])
@@ -434,7 +434,7 @@ def test_a_request_that_is_too_large(limit: str) -> None:
 def test_what_cannot_be_in_time_says_so_at_once() -> None:
     manager = KeyManager([SECRET], limits=Limits(rpm=1), max_wait=5)
     assert manager.get_key() == SECRET
-    with pytest.raises(Exhausted, match="max_wait=5 s") as raised:
+    with pytest.raises(Exhausted, match=r"5 s \(max_wait\)") as raised:
         manager.get_key()
     assert raised.value.reason == "rpm"
     assert raised.value.retry_after is not None

@@ -16,8 +16,10 @@ import pytest
 import redis
 from tenacity import stop_after_attempt, wait_none
 
-from stable_openai import Exhausted, Key, KeyManager, Limits, stable
-from stable_openai._ops import Acquire, Granted, Settle
+from stable_openai import BrokerUnavailable, ConfigurationError, Exhausted, Key, KeyManager, Limits, Verdict, stable
+from stable_openai._limits import quota
+from stable_openai._ops import Acquire, Ask, Closing, Granted, Member, Register, Registration, Settle
+from stable_openai.backends.memory import MemoryBackend
 from stable_openai.testing import Failure, FakeOpenAI, Limit
 
 KEYS = ("sk-a", "sk-b")
@@ -530,4 +532,118 @@ def test_what_is_given_by_place_is_for_the_parameters_that_callers_see() -> None
     assert ask("hello", api_key="mine") == "mine hello m"  # type: ignore[misc]
     with pytest.raises(TypeError, match="prompt"):
         ask("hello", prompt="again")  # type: ignore[call-arg]
+    manager.close()
+
+
+def test_a_refund_is_not_taken_from_another_leases_window() -> None:
+    """The window of the grant has gone: nothing comes back for it."""
+    clock = [1_790_000_000_000]
+    backend = MemoryBackend(clock=lambda: clock[0])
+    to = Registration("refund", "m", [quota(Limits(rpm=2, rule="sliding"), 0.25)], [Member("a", 0, 1, (("a", 1),))])
+    backend.run(Register(to, "epoch", {}))
+
+    def acquire(id: str) -> Any:
+        return backend.run(Acquire(to, 600_000, (Ask(id, 0, "m"),)))[0]
+
+    assert isinstance(acquire("w:1"), Granted)
+    clock[0] += 61_000
+    assert isinstance(acquire("w:2"), Granted)
+    backend.run(Settle(to, 600_000, (Closing("w:1", "a", "a", "m", "unsent"),)))
+    assert isinstance(acquire("w:3"), Granted)
+    assert not isinstance(acquire("w:4"), Granted)
+
+
+class Away:
+    """A backend whose settles fail, as when Redis is away."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.local = backend, backend.local
+
+    def run(self, op: Any) -> Any:
+        if isinstance(op, Settle):
+            raise BrokerUnavailable("away")
+        return self.backend.run(op)
+
+    async def arun(self, op: Any) -> Any:
+        return self.run(op)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+
+@pytest.mark.parametrize("way", ["function", "coroutine", "generator", "async generator"])
+@pytest.mark.parametrize("story", ["answered", "raised"])
+def test_a_settle_that_redis_does_not_answer_changes_nothing_for_the_caller(way: str, story: str) -> None:
+    manager = KeyManager(KEYS, pool="away")
+    whole = manager._backend
+    manager._backend = Away(whole)
+    parts = STORIES[story][0]
+    run = call_in_four_ways(manager, upstream(parts))[way]
+    if story == "raised":
+        with pytest.raises(ValueError, match="mine"):
+            run()
+    else:
+        assert run() == "fine"
+    assert len(manager._worker.pending) == 1
+    manager._backend = whole
+    with manager.lease():  # flushes
+        assert sum(key.live for key in manager.status().keys) == 1
+    manager.close()
+
+
+TWICE = """
+import os, sys
+from stable_openai import KeyManager, Limits, stable
+manager = KeyManager(["sk-a"], {url!r}, pool="test-twice", limits=Limits(concurrency=1))
+
+@stable(manager=manager)
+def items(api_key):
+    yield 1
+    yield 2
+
+stream = items()
+next(stream)
+child = os.fork()
+if child == 0:
+    stream.close()
+    manager.status()
+    os._exit(0)
+os.waitpid(child, 0)
+live = [key.live for key in manager.status().keys]
+assert live == [1], live
+assert list(stream) == [2]
+assert [key.live for key in manager.status().keys] == [0]
+"""
+
+
+def test_a_forked_child_does_not_settle_its_parents_leases(redis_url: str) -> None:
+    assert subprocess.run([sys.executable, "-c", TWICE.format(url=redis_url)], timeout=60).returncode == 0
+
+
+def test_a_wrong_classify_keeps_no_lease_and_no_secret(recorded: tuple[KeyManager, list[str]]) -> None:
+    manager, _ = recorded
+
+    @stable(manager=manager, classify=lambda error: "retry")  # type: ignore[arg-type,return-value]
+    def ask(api_key: str = "") -> None:
+        raise OSError("mine")
+
+    with pytest.raises(ConfigurationError, match="classify") as raised:
+        ask()
+    assert isinstance(raised.value.__cause__, OSError)
+    assert manager._worker.live == {}
+    with pytest.raises(ConfigurationError, match="unknown verdict"):
+        Verdict("retry", "retry")  # type: ignore[arg-type]
+
+
+def test_many_accounts_that_cannot_serve_are_not_asked_in_a_tight_loop() -> None:
+    """Each could serve a smaller request: the pause between the looks doubles."""
+    keys = [f"sk-{number}" for number in range(20)]
+    manager = KeyManager(keys, pool="looks", limits=Limits(tpm=1000))
+    for _ in keys:
+        with manager.lease(tokens=900):
+            pass
+    recorder = manager._backend = Recorder(manager._backend)
+    with pytest.raises(Exhausted), manager.lease(tokens=900, max_wait=1.5):
+        pass
+    assert len(recorder.story) < 12
     manager.close()

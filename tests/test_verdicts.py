@@ -183,7 +183,7 @@ def http() -> Iterator[Any]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     # The heartbeat keeps real time: it would renew what a test has left to expire, and at the clock of an earlier test.
-    monkeypatch.setattr(heartbeat, "serve", lambda worker, run: None)
+    monkeypatch.setattr(heartbeat, "serve", lambda worker: None)
     monkeypatch.setattr(heartbeat, "watch", lambda worker: None)
     for module in ("_drive", "_decorator", "_lease"):
         monkeypatch.setattr(f"stable_openai.{module}.monotonic", clock.monotonic)

@@ -103,6 +103,8 @@ class Sliding:
             entries.append([at, n])
 
     def amend(self, n: int, granted: int, now: int) -> None:
+        if granted + self.period <= now:
+            return  # its window has gone
         for entry in self._prune(now):
             if entry[0] >= granted:
                 amended = max(0, entry[1] + n)

@@ -25,7 +25,7 @@ import redis.sentinel
 from redis.backoff import NoBackoff
 
 from stable_openai._loops import PerLoop
-from stable_openai._ops import decode, encode
+from stable_openai._ops import Renew, decode, encode
 from stable_openai.errors import BrokerUnavailable, ConfigurationError
 
 __all__ = ["RedisBackend", "script"]
@@ -81,7 +81,7 @@ class RedisBackend:
         verb, keys, args = encode(op, self._now())
         text, sha = script(verb)
         started = time.monotonic()
-        for pause in self._pauses(started):
+        for pause in self._pauses(op, started):
             if pause:
                 time.sleep(pause)
             try:
@@ -102,7 +102,7 @@ class RedisBackend:
         verb, keys, args = encode(op, self._now())
         text, sha = script(verb)
         started = time.monotonic()
-        for pause in self._pauses(started):
+        for pause in self._pauses(op, started):
             if pause:
                 await asyncio.sleep(pause)
             try:
@@ -117,8 +117,9 @@ class RedisBackend:
                 raise unavailable(error) from error
         raise unavailable(problem) from problem
 
-    def _pauses(self, started: float) -> Iterator[float]:
-        for pause in PAUSES_S:
+    def _pauses(self, op: Any, started: float) -> Iterator[float]:
+        # The heartbeat renews again soon, and others wait for it.
+        for pause in PAUSES_S[:1] if type(op) is Renew else PAUSES_S:
             if time.monotonic() + pause - started < self._patience_s:
                 yield pause
 

@@ -1,7 +1,8 @@
 """python -m stable_openai.testing: the fake upstream on its own.
 
-The first line on stdout is its base URL. It serves until SIGTERM, SIGINT or the end of stdin (so it ends with
-whoever started it: keep stdin open). Other processes look at it through the endpoints of `admin`.
+The first line on stdout is its base URL. It serves until SIGTERM or SIGINT; with `--settings -`, which
+`FakeProcess` uses, until the end of stdin, so that it ends with whoever started it. Other processes look at it through
+the endpoints of `admin`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signum, lambda *_: sys.exit(0))
     with FakeOpenAI(**arguments) as fake:
         print(fake.url, flush=True)
-        for _ in sys.stdin:
-            pass
+        if options.settings:  # ends with the process that gave them
+            for _ in sys.stdin:
+                pass
+        else:
+            while True:
+                signal.pause()
     return 0
 
 
