@@ -74,7 +74,7 @@ local function serve(id, tokens, model, avoid, wanted, never)
         end
         local small = judge(account, 0, '')
         if small <= now then
-          small = size == 2 * EXAMINED and now - 1 + accounts[account][6] % 1000 / 1000 or at
+          small = size == 2 * EXAMINED and now - 1 + math.floor(accounts[account][6] / weight) % 1000 / 1000 or at
         end
         if small ~= at then redis.call('ZADD', index, small, account) end
       end

@@ -57,7 +57,7 @@ local function judge(account, tokens, model)
 end
 
 -- Grant, and put the account where it belongs in the index: behind all others, or where the time of its next is.
--- (Within a millisecond, behind who had fewer turns.)
+-- (Within a millisecond, behind who had fewer rounds of as many turns as it weighs.)
 local function grant(id, tokens, account, key, weight, before)
   local q = quota_of(class, account)
   local a = account_of(class, account, q)
@@ -80,7 +80,7 @@ local function grant(id, tokens, account, key, weight, before)
   put(class, 'l:' .. id, struct.pack(LEASE, LIVE, tokens, now, expires, probe, account, key))
   watch(class, expiry, id, expires)
   local at = earliest(a, q, 0, class)
-  if at <= now then at = (before > now or a[6] % weight == 0) and now - 1 + a[6] % 1000 / 1000 or before end
+  if at <= now then at = (before > now or a[6] % weight == 0) and now - 1 + math.floor(a[6] / weight) % 1000 / 1000 or before end
   if at ~= before then redis.call('ZADD', index, at, account) end
   return 1, key, account, 0
 end

@@ -271,7 +271,7 @@ class MemoryBackend:
                 if small > now:
                     ring.index.put(account_name, small)
                 elif len(ring.index.order) >= EXAMINED:
-                    ring.index.put(account_name, self._back(pool, known.look(account_name, pool)))
+                    ring.index.put(account_name, self._back(pool, known.look(account_name, pool), member.weight))
             else:
                 bounded = bounded or len(ring.index.order) < EXAMINED
         if not bounded:
@@ -281,8 +281,8 @@ class MemoryBackend:
         return Refused(best - now, why, not loose, not loose)
 
     @staticmethod
-    def _back(pool: Pool, account: Account) -> float:
-        return pool.now - 1 + account.turn % 1000 / 1000
+    def _back(pool: Pool, account: Account, weight: int) -> float:
+        return pool.now - 1 + account.turn // weight % 1000 / 1000
 
     def _grant(
         self, pool: Pool, known: ModelClass, ring: Ring, ask: Ask, member: Member, key: str, before: float, ttl: int
@@ -307,7 +307,7 @@ class MemoryBackend:
         if at > now:
             ring.index.put(name, at)
         elif before > now or account.turn % member.weight == 0:
-            ring.index.put(name, self._back(pool, account))
+            ring.index.put(name, self._back(pool, account, member.weight))
         return Granted(ask.id, key, name)
 
     def _settle(self, op: Settle) -> list[Settled]:
