@@ -222,14 +222,20 @@ class Worker:
                 taken.setdefault(to.ring, (to, []))[1].append(closing)
         except IndexError:
             pass
-        for to, closings in taken.values():
-            for first in range(0, len(closings), BATCH):
-                batch = closings[first : first + BATCH]
+        open_still = [(to, closing) for to, closings in taken.values() for closing in closings]
+        later: list[tuple[Registration, Closing]] = []
+        try:
+            while open_still:
+                to = open_still[0][0]
+                batch = [closing for of, closing in open_still[:BATCH] if of is to]
                 try:
                     yield Settle(to, self.ttl_ms, tuple(batch))
                 except BrokerUnavailable:
-                    self.pending.extend((to, closing) for closing in batch)
+                    later += open_still[: len(batch)]
+                del open_still[: len(batch)]
                 self.line.wake()
+        finally:  # a caller who is cancelled meanwhile leaves the rest to the next one
+            self.pending.extend(later + open_still)
 
     def renew(self, now: float) -> Steps:
         """Extend the leases that were granted or renewed a third of their ttl ago."""

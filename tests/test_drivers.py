@@ -647,3 +647,18 @@ def test_many_accounts_that_cannot_serve_are_not_asked_in_a_tight_loop() -> None
         pass
     assert len(recorder.story) < 12
     manager.close()
+
+
+def test_a_flush_that_is_cut_short_loses_no_closing() -> None:
+    manager = KeyManager(KEYS, pool="flush")
+    worker = manager._worker
+    to = worker.registration("-")
+    closings = [Closing(f"w:{number}", "a", "a", "-", "ok") for number in range(450)]
+    worker.pending.extend((to, closing) for closing in closings)
+    steps = worker.flush()
+    assert len(next(steps).closings) == 200
+    assert len(steps.send((0.0, [])).closings) == 200
+    steps.close()  # the second batch may have been sent; to settle twice is to settle once
+    assert [closing for _, closing in worker.pending] == closings[200:]
+    worker.pending.clear()
+    manager.close()
