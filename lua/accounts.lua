@@ -75,9 +75,9 @@ local function watch(class, expiry, id, at)
   if not first or at < tonumber(first) then put(class, 'm', ('%.17g'):format(at)) end
 end
 
--- When the account's meters admit a request of so many tokens: the time, what stands in the way, and whether that
--- has no time of its own (then the time is only when to look again).
-local function earliest(a, q, tokens, class)
+-- When the account's meters admit a request of so many tokens (or the last of `count` such): the time, what stands in
+-- the way, and whether that has no time of its own (then the time is only when to look again).
+local function earliest(a, q, tokens, class, count)
   local at, why, loose, held = now, false, false, q[2] == 1 and a[2] or 0
   if a[3] > at then at, why = a[3], 'cooldown' end
   repeat
@@ -87,7 +87,7 @@ local function earliest(a, q, tokens, class)
       if rule > 0 then
         local n = i > 2 and tokens or 1
         if n > q[4 * i] then return NEVER, i, false end
-        local time = ready(a, i, q, n, i > 2 and held or 0, at, class)
+        local time = ready(a, i, q, n, i > 2 and held or 0, at, class, count)
         if not time then
           if not loose then at, why, loose = math.max(at, now + POLL), i, true end
         elseif time > at then
@@ -97,7 +97,7 @@ local function earliest(a, q, tokens, class)
       end
     end
   until at == before or not calendar
-  if q[1] > 0 and a[1] >= q[1] then
+  if q[1] > 0 and a[1] + (count or 1) > q[1] then
     -- Look again when a lease may expire: its worker may be dead.
     local again = math.min(now + POLL, math.max(now + 1, tonumber(get(class, 'm') or NEVER)))
     if at < again then at, why = again, 'concurrency' end

@@ -1,11 +1,11 @@
 -- admin.lua: what a person decides about a key, for the whole pool.
--- USES meters, accounts
--- KEYS  1 pool, then every class that this worker knows
+-- USES meters, accounts, line
+-- KEYS  1 pool, then every class that this worker knows, then the wakes of each
 -- ARGV  1 now in ms ('' = the server's), 2 'disable', 'enable' or 'reset', 3 key, 4 account, 5 for how long in ms
 --       ('' = until it is enabled)
 -- REPLY 1; 0 where the pool is not known (register first)
 
-local pool, verb, key, account = KEYS[1], ARGV[2], 'k:' .. ARGV[3], ARGV[4]
+local pool, verb, key, account, last = KEYS[1], ARGV[2], 'k:' .. ARGV[3], ARGV[4], (#KEYS + 1) / 2
 local revision, epoch = tick(pool)
 if not revision then return 0 end
 local k = scope_of(pool, key) or {0, 0, '', false, 0, 0, false, false}
@@ -18,7 +18,7 @@ else
   get(pool, 'a:' .. account)
   put(pool, key, false)
   put(pool, 'a:' .. account, false)
-  for i = 2, verb == 'reset' and #KEYS or 0 do
+  for i = 2, verb == 'reset' and last or 0 do
     local packed = get(KEYS[i], 'a:' .. account)
     if packed then
       put(KEYS[i], 'a:' .. account, packed:sub(1, 16) .. struct.pack('<ddd', 0, 0, 0) .. packed:sub(41))
@@ -27,5 +27,9 @@ else
 end
 local meta = get(pool, 'm')
 put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision + 1) .. epoch)
+for i = 2, verb ~= 'disable' and last or 0 do
+  claims = nil
+  wake(KEYS[i + last - 1], #claims_of(KEYS[i]))
+end
 flush()
 return 1

@@ -1,8 +1,9 @@
 -- choose.lua: which account and key could serve a request, and when; and the grant. For acquire; KEYS and ARGV as there.
+-- `holds` are the accounts that are held for a request too large for what comes free: nothing else is granted of them.
 
 local NAMES = {'rpm', 'rpd', 'tpm', 'tpd'}
 local pool, class, expiry, ring, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local ttl, rows, plain = tonumber(ARGV[2]), {}, false
+local ttl, rows, plain, holds, holding, listed = tonumber(ARGV[2]), {}, false, {}, false, false
 
 -- The key of an account whose turn it is among those that are open (at most EXAMINED are looked at); when it may be
 -- used for the model, what stands in the way until then, and whether that has no time.
@@ -30,8 +31,8 @@ local function key_of(row, turn, model)
 end
 
 -- When an account can serve so many tokens of a model: the time, what stands in the way, whether the time is loose
--- (only when to look again), the key, and the account's weight.
-local function judge(account, tokens, model)
+-- (only when to look again), the key, and the account's weight. With a `count`: the last of so many requests.
+local function judge(account, tokens, model, count)
   local row = rows[account]
   if not row then
     row = plain and {1, account, 1} or {}
@@ -44,7 +45,9 @@ local function judge(account, tokens, model)
   if not row[1] then return NEVER, false, false end   -- another ring's
   local q = quota_of(class, account)
   local a = account_of(class, account, q)
-  local at, why, loose = earliest(a, q, tokens, class)
+  local at, why, loose = earliest(a, q, tokens, class, count)
+  local held = holds[account]
+  if held and held > at and account ~= holding then at, why = held, 'held' end
   local out = scope_of(pool, 'a:' .. account)
   if out then
     local open = opens(out)
@@ -80,7 +83,64 @@ local function grant(id, tokens, account, key, weight, before)
   put(class, 'l:' .. id, struct.pack(LEASE, LIVE, tokens, now, expires, probe, account, key))
   watch(class, expiry, id, expires)
   local at = earliest(a, q, 0, class)
-  if at <= now then at = (before > now or a[6] % weight == 0) and now - 1 + math.floor(a[6] / weight) % 1000 / 1000 or before end
+  if at <= now then at = (before >= now + 1 or a[6] % weight == 0) and now + math.floor(a[6] / weight) % 1000 / 1000 or before end
   if at ~= before then redis.call('ZADD', index, at, account) end
-  return 1, key, account, 0
+  return 1, key, account, 0, ''
+end
+
+-- Grant a request, or say when it can be served (as acquire replies).
+local function serve(id, tokens, model, avoid, wanted, never, large)
+  local breaker = scope_of(pool, 'breaker')
+  local open = opens(breaker)
+  if not open then return 0, POLL, breaker[3], 2, '' end
+  if open > now then return 0, open - now, breaker[3], 0, '' end
+
+  -- Those that are asked for come first, then the index.
+  listed = listed or redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
+  local ahead, size, whole = {}, 2, false
+  for account in wanted:gmatch('[^\n]+') do
+    local at = redis.call('ZSCORE', index, account)
+    if at then ahead[#ahead + 1] = account; ahead[#ahead + 1] = at end
+  end
+  local best, why, loose, whose, bounded, last = NEVER, false, false, '', false, 0
+  for round = 1, avoid == '' and 1 or 2 do
+    local n = 1 - #ahead
+    while true do
+      if n > size and not whole then
+        listed, whole = redis.call('ZRANGE', index, 0, EXAMINED - 1, 'WITHSCORES'), true
+        size = #listed
+      end
+      local account, at
+      if n < 0 then account, at = ahead[n + #ahead], tonumber(ahead[n + #ahead + 1])
+      else account, at = listed[n], tonumber(listed[n + 1]) end
+      if n > 0 and (not account or at >= now + 1 and at >= best) then
+        bounded = bounded or account or size < 2 * EXAMINED
+        break
+      end
+      n, last = n + 2, math.max(last, at)
+      local passed = never ~= '' and ('\n' .. never .. '\n'):find('\n' .. account .. '\n', 1, true)
+      if not passed and (avoid == '' or (round == 2) == (('\n' .. avoid .. '\n'):find('\n' .. account .. '\n', 1, true) ~= nil)) then
+        local time, reason, vague, key, weight = judge(account, tokens, model)
+        if time <= now then return grant(id, tokens, account, key, weight, at) end
+        if vague and reason == 'disabled' then time = NEVER - 1 end   -- somebody has to enable it
+        if time < best or not why then best, why, loose, whose = time, reason, vague, account end
+        if not whole then   -- before anything moves
+          listed, whole = redis.call('ZRANGE', index, 0, EXAMINED - 1, 'WITHSCORES'), true
+          size = #listed
+        end
+        holding = account   -- a hold may end at any time
+        local small = judge(account, 0, '')
+        holding = large
+        if small <= now then
+          small = size == 2 * EXAMINED and now + math.floor(accounts[account][6] / weight) % 1000 / 1000 or at
+        end
+        if small ~= at then redis.call('ZADD', index, small, account) end
+      end
+    end
+  end
+  why = why and (NAMES[why] or why) or ''
+  if not bounded then return 0, math.floor(math.max(0, math.min(best, last) - now)), why, 0, whose end
+  if best == NEVER then return 3, 0, why, 0, '' end
+  if best == NEVER - 1 then best = now + POLL end
+  return 0, best - now, why, loose and 2 or 1, whose
 end

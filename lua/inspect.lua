@@ -1,18 +1,24 @@
 -- inspect.lua: what is known of accounts and keys.
--- USES meters, accounts
+-- USES meters, accounts, line
 -- KEYS  1 pool, 2 class, 3 expiry
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 how many accounts follow; accounts, then keys
--- REPLY {breaker's reason, ms until it opens}, then for each account {live, tokens held, ms of cooldown, ms out, why,
+-- REPLY {breaker's reason, ms until it opens}, {for each claim of the line {its id, ms until it asks again, what stands
+--       in its way, waiting in bands 0 to 3}, ..}, then for each account {live, tokens held, ms of cooldown, ms out, why,
 --       and for each of the four meters {used as %.17g, limit} or {}}; then for each key {ms out, why, 401s in a row,
 --       ms disabled (-1: for good)}
 
 local pool, class, expiry, reply = KEYS[1], KEYS[2], KEYS[3], {}
-if tick(pool) then reap(class, expiry, tonumber(ARGV[2])) end
+local known = tick(pool)
+if known then reap(class, expiry, tonumber(ARGV[2])) end
 
 local function left(at) return math.max(0, at - now) end
 
 local breaker = scope_of(pool, 'breaker')
 reply[1] = {breaker and breaker[3] or '', breaker and left(breaker[1]) or 0}
+reply[2] = {}
+for n, claim in ipairs(known and claims_of(class) or {}) do
+  reply[2][n] = {claim[1], left(claim[3]), claim[5], unpack(claim, WAITING, WAITING + 3)}
+end
 for n = 4, 3 + ARGV[3] do
   local account = ARGV[n]
   local q, out = quota_of(class, account), scope_of(pool, 'a:' .. account)

@@ -133,6 +133,7 @@ local function make_windows(class)
         a.logs[i] = {now, now, now, 0, ''}
         return 0, 0
       end,
+      period = function(q, i) return q[4 * i + 1] end,
     },
     [3] = {
       ready = function(a, i, q, need, at)
@@ -154,6 +155,7 @@ local function make_windows(class)
         return a[6 + 2 * i] < (window(q, i, now) or 0) and 0 or a[5 + 2 * i]
       end,
       fresh = function(a, i, q) return 0, window(q, i, now) or 0 end,
+      period = function(q, i) return q[4 * i + 2] > 0 and q[4 * i + 2] or 86400000 end,
     },
   }
   windows = rules
@@ -161,8 +163,9 @@ local function make_windows(class)
 end
 
 -- When the meter admits `n` beside what is `held`: a time, or nil where that has none. A request larger than a bucket
--- but within the limit waits until the bucket is full. A calendar is judged as it will be at the time `at`.
-local function ready(a, i, q, n, held, at, class)
+-- but within the limit waits until the bucket is full. A calendar is judged as it will be at the time `at`. With a
+-- `count`: when it admits the last of so many, one after the other.
+local function ready(a, i, q, n, held, at, class, count)
   local j = 4 * i
   if q[j - 1] == 1 then
     local need = n + held
@@ -170,12 +173,18 @@ local function ready(a, i, q, n, held, at, class)
       if held > 0 then return nil end
       need = q[j + 2]
     end
+    if count then need = need + (count - 1) * math.min(n, q[j + 2]) end
     local level = a[5 + 2 * i]
     if level >= need then return 0 end
     return a[6 + 2 * i] + math.ceil((need - level) / q[j + 1])
   end
   if n + held > q[j] then return nil end
-  return (windows or make_windows(class))[q[j - 1]].ready(a, i, q, n + held, at)
+  local rule = (windows or make_windows(class))[q[j - 1]]
+  if not count then return rule.ready(a, i, q, n + held, at) end
+  local need = n * count + held
+  local rounds = math.max(0, math.ceil(need / q[j]) - 1)
+  local time = rule.ready(a, i, q, need - rounds * q[j], at)
+  return rounds > 0 and math.max(now, time) + rounds * rule.period(q, i) or time
 end
 
 local function charge(a, i, q, n, class)

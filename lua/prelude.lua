@@ -12,6 +12,7 @@
 --     auth         {[key] = {time of its 401, account}}: those since the last success
 --   stable:{pool}:class:<class>  hash
 --     m            no lease expires before this
+--     w            the claims of those who wait (see line.lua); not there while nobody does
 --     q            the quota of the accounts that have none of their own
 --     q:<account>  the quota of an account: concurrency or 0, whether tokens are charged by use, then four numbers for
 --                  each of rpm, rpd, tpm, tpd (see meters.lua); then the time zone of its days
@@ -26,6 +27,7 @@
 --   stable:{pool}:ring:<ring>    hash  account -> "weight key weight key weight ..", the account's and each key's
 --   stable:{pool}:ready:<ring>   zset  account -> the ready index: the time when it was last sent to the back, or where it
 --                                      cannot serve even the smallest request, a lower bound of when it can
+--   stable:{pool}:wakes:<class>  list  hints for those who wait, popped by one each
 --
 -- A script's body runs anew for every call, and each closure that it makes costs as much as a small command: what a
 -- plain grant does not need is therefore made when it is first used.

@@ -1,6 +1,6 @@
 -- register.lua: make a worker's keys and limits known for one class; the last one to register wins.
--- USES meters, accounts
--- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index
+-- USES meters, accounts, line
+-- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index, 6 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 ring, 3 an epoch (taken where the pool has none), 4 days as JSON
 --       {tz: [epoch ms, ..]}, 5 quotas as JSON [[18 numbers, time zone], ..], 6 members as JSON
 --       [[account, number of its quota, weight, key, weight, ..], ..]
@@ -12,7 +12,7 @@ if not revision then
   revision, epoch = 0, ARGV[3]
   put(pool, 'm', struct.pack('<dddd', base, 0, -1, 0) .. epoch)
 end
-load(class, {'q'})
+load(class, {'q', 'w'})
 for tz, days in pairs(cjson.decode(ARGV[4])) do put(class, 'd:' .. tz, cmsgpack.pack(days)) end
 
 local packed, unpacked, rows = {}, {}, {}
@@ -78,6 +78,7 @@ if moved > 0 then
   revision = revision + 1
   local meta = get(pool, 'm')
   put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision) .. epoch)
+  wake(KEYS[6], #claims_of(class))
 end
 put(class, 'r:' .. ARGV[2], struct.pack('<ddd', revision, now, plain))
 finish(class)

@@ -1,6 +1,6 @@
 -- settle.lua: close leases, each exactly once, with what was used and what its outcome says of key, account and pool.
--- USES meters, accounts, verdicts
--- KEYS  1 pool, 2 class, 3 expiry, 4 ready index
+-- USES meters, accounts, line, verdicts
+-- KEYS  1 pool, 2 class, 3 expiry, 4 ready index, 5 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 keys of the ring; then for each lease 8 more: id, account and key (as
 --       granted; only the first lease's are read, ahead), model,
 --       outcome ('ok', 'unsent', 'neutral', 'limited', 'account', 'key', 'model', 'failed'), tokens used ('' unknown),
@@ -8,9 +8,9 @@
 -- REPLY for each lease 2: 0 done, 1 late (it had expired), 2 gone (settled before, or never granted); then advice:
 --       '' none, 'out' this put the scope out, 'fault' all keys fail alike, 'unknown' nobody has served this model
 
-local expiry, index, ttl, reply = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}
+local expiry, index, ttl, reply, freed = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}, 0
 load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[5], 'k:' .. ARGV[6]})
-load(class, {'m', 'q', 'l:' .. ARGV[4], 'a:' .. ARGV[5], 'q:' .. ARGV[5], 's:' .. ARGV[7]})
+load(class, {'m', 'q', 'w', 'l:' .. ARGV[4], 'a:' .. ARGV[5], 'q:' .. ARGV[5], 's:' .. ARGV[7]})
 local known = tick(pool)
 if known then reap(class, expiry, ttl) end
 
@@ -51,6 +51,7 @@ local function count(lease, account, unsent, tokens)
   if sooner then
     local at = earliest(a, q, 0, class)
     redis.call('ZADD', index, 'XX', 'LT', at <= now and 0 or at, account)
+    freed = freed + 1
   end
 end
 
@@ -74,6 +75,10 @@ for i = 4, #ARGV, 8 do
     put_lease(class, id, {TOMB, 0, 0, 0, 0, '', ''})
     watch(class, expiry, id, now + 2 * ttl)
   end
+end
+if get(class, 'w') and (freed > 0 or healed) then
+  local waiting = #claims_of(class)
+  wake(KEYS[5], healed and waiting or freed)
 end
 finish(class)
 return reply

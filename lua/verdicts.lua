@@ -2,7 +2,7 @@
 -- _verdict.py's; here is what follows from it for all workers.)
 
 local pool, class = KEYS[1], KEYS[2]
-local verdicts
+local verdicts, healed   -- healed: something may be used again that could not be, by all who wait
 
 -- All outcomes but a plain success; made when first needed.
 local function make_verdicts(index)
@@ -35,11 +35,12 @@ local function make_verdicts(index)
   end
 
   -- The lease was a probe: what it probed is well, or nothing has been learned.
-  local function end_probe(id, account, key, healed)
+  local function end_probe(id, account, key, well)
     for _, field in ipairs({'breaker', 'a:' .. account, 'k:' .. key}) do
       local scope = scope_of(pool, field)
       if scope and scope[4] == id then
-        if not healed then
+        healed = true
+        if not well then
           scope[4], scope[5] = false, 0
           save(field, scope)
         elseif field == 'k:' .. key then heal_key(field, scope)
@@ -84,6 +85,8 @@ local function make_verdicts(index)
       local k = scope_of(pool, 'k:' .. key)
       if k and k[1] == 0 and k[6] > 0 then heal_key('k:' .. key, k) end
       save('auth', false)
+      local breaker = scope_of(pool, 'breaker')
+      healed = healed or breaker and breaker[1] > 0
       save('breaker', false)
     end,
 
@@ -139,6 +142,7 @@ local function make_verdicts(index)
           end
         end
         if returned then renew_indexes() end
+        healed = healed or returned
         end_probe(id, account, key, false)
         return 'fault'
       end

@@ -8,6 +8,7 @@ from stable_openai._decorator import INJECTED, stable
 from stable_openai._keys import Key
 from stable_openai._lease import Lease
 from stable_openai._limits import Limits
+from stable_openai._line import Waiting
 from stable_openai._verdict import Verdict
 from stable_openai.errors import (
     BrokerUnavailable,
@@ -34,5 +35,6 @@ __all__ = [
     "RequestTooLarge",
     "StableError",
     "Verdict",
+    "Waiting",
     "stable",
 ]

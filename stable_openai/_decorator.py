@@ -13,11 +13,11 @@ from stable_openai._drive import adrive, adrive_generator, drive, drive_generato
 from stable_openai._estimate import estimate_tokens
 from stable_openai._flow import Flow, Outcome, Policy, Raised, Returned, call
 from stable_openai._lease import Lease
+from stable_openai._line import BANDS, Request
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict
-from stable_openai._worker import Request
 from stable_openai.errors import ConfigurationError
-from stable_openai.manager import KeyManager, check_number, default_manager
+from stable_openai.manager import PRIORITY, KeyManager, check_number, default_manager
 
 __all__ = ["INJECTED", "stable"]
 
@@ -46,6 +46,8 @@ def stable(
     max_wait: float | None = None,
     stop: Callable[[Any], bool] | None = None,
     wait: Callable[[Any], float] | None = None,
+    priority: int | Callable[..., int] = PRIORITY,
+    affinity: str | Callable[..., object] | None = None,
     classify: Callable[[BaseException], Verdict | None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
 
@@ -64,6 +66,10 @@ def stable(function: Any = None, /, **options: Any) -> Any:
             input or prompt and its output limit, where the limits count tokens.
         max_wait: seconds that a call may wait in all; else the manager's.
         stop, wait: tenacity's strategies: how often, and how long between attempts.
+        priority: 0 (most urgent) to 3, or a function of the arguments that tells. Of the calls that wait, the more
+            urgent come first, on whichever host; a call that waits rises by one every 30 s.
+        affinity: the name of an argument, or a function of the arguments: calls with the same value go to the same
+            account while that can serve, so that the provider's prompt cache keeps its hits.
         classify: gives the verdict of an exception, or None to leave it to the table.
 
     Raises ConfigurationError, when it decorates, for a function that declares none of the parameters.
@@ -95,6 +101,8 @@ class Decorated:
         max_wait: float | None = None,
         stop: Callable[[Any], bool] | None = None,
         wait: Callable[[Any], float] | None = None,
+        priority: int | Callable[..., int] = PRIORITY,
+        affinity: str | Callable[..., object] | None = None,
         classify: Callable[[BaseException], Verdict | None] | None = None,
     ) -> None:
         if not callable(function):
@@ -129,7 +137,12 @@ class Decorated:
         }
         if self.reordered and any(p.kind in (p.VAR_POSITIONAL, p.POSITIONAL_ONLY) for p in parameters.values()):
             raise ConfigurationError("stable", "the injected parameters must come after those that are given by place")
+        if not callable(priority) and priority not in range(BANDS):
+            raise ConfigurationError("priority", "must be 0 (most urgent) to 3, or a function of the arguments")
+        if affinity is not None and not callable(affinity) and affinity not in parameters:
+            raise ConfigurationError("affinity", f"{affinity!r} is not an argument of {self.name}")
         self.manager, self.model, self.tokens, self.max_wait = manager, model, tokens, max_wait
+        self.priority, self.affinity = priority, affinity
         self.policy = Policy(stop or default_stop, wait or default_wait, classify)
 
     def wrapper(self) -> Any:
@@ -209,7 +222,13 @@ class Decorated:
         elif tokens is None and manager.counts_tokens(model):
             named = dict(zip(self.positions, args))
             tokens = estimate_tokens({**self.defaults, **named, **kwargs})
-        return manager.request(model, tokens, self.max_wait)
+        priority, affinity = self.priority, self.affinity
+        if callable(priority):
+            priority = priority(*args, **kwargs)
+        liked: object = None
+        if affinity is not None:
+            liked = affinity(*args, **kwargs) if callable(affinity) else self.argument(affinity, args, kwargs)
+        return manager.request(model, tokens, self.max_wait, priority, liked)
 
 
 def _by_name(parameter: inspect.Parameter) -> bool:
@@ -237,7 +256,12 @@ class OneCall:
             from stable_openai._clients import shared_client
 
             shared_client(self.is_async)
-        return (yield from call(self.worker, self.request, self.decorated.policy, monotonic(), self.reported))
+        loop = None
+        if self.is_async:
+            from asyncio import get_running_loop
+
+            loop = get_running_loop()
+        return (yield from call(self.worker, self.request, self.decorated.policy, loop, monotonic(), self.reported))
 
     def reported(self) -> tuple[int | None, Verdict | None]:
         return self.lease.reported() if self.lease else (None, None)

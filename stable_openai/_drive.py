@@ -1,10 +1,11 @@
 """The four drivers of a flow: for functions, coroutine functions, generators and async generators.
 
-A driver obeys: it runs operations on the backend, calls the user's function, sleeps, and sends back what came of it
-with the time. Every rule is in `_flow.py`.
+A driver obeys: it runs operations on the backend, calls the user's function, waits, and sends back what came of it
+with the time. Every rule is in `_flow.py` and `_obtain.py`.
 
-Under asyncio an operation once sent is never cancelled: it runs in a task of its own. What a cancelled waiter was
-granted all the same is given back as never sent.
+Under asyncio an operation once sent is never cancelled: it runs in a task of its own. A cancellation that comes
+meanwhile is held back until its reply is there (for a second, then the operation goes on by itself), and thrown into
+the flow where that would next wait, or call the user's function: so that it knows what it was granted.
 """
 
 from __future__ import annotations
@@ -12,18 +13,23 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from stable_openai._flow import Attempt, Deliver, Flow, Outcome, Raised, Returned, Sleep, Started
-from stable_openai._ops import Acquire, Closing, Granted, Settle
+from stable_openai._obtain import Doze, Hush, Park
+from stable_openai._ops import Acquire, Closing, Granted, NotRegistered, Settle
 
 if TYPE_CHECKING:
+    from stable_openai._line import Waiter
     from stable_openai._worker import Worker
 
 __all__ = ["adrive", "adrive_generator", "drive", "drive_generator"]
 
 log = logging.getLogger("stable_openai.waiting")
+WAITS = (Park, Doze, Sleep)
+PATIENCE_S = 1.0
+LISTEN_AFTER_S = 0.25  # a shorter wait is not worth a blocking pop
 
 
 def drive(flow: Flow, worker: Worker, backend: Any, attempt: Callable[[Granted], Outcome] | None = None) -> Any:
@@ -32,16 +38,12 @@ def drive(flow: Flow, worker: Worker, backend: Any, attempt: Callable[[Granted],
     try:
         effect = next(flow)
         while True:
-            kind = type(effect)
-            if kind is Attempt:
+            if type(effect) is Attempt:
                 value: Any = attempt(effect.lease)  # type: ignore[misc]
-            elif kind is Sleep:
-                value = None
-                sleep(worker, effect)
             else:
                 try:
-                    value = backend.run(effect)
-                except Exception as error:
+                    value = perform(worker, backend, effect)
+                except BaseException as error:
                     effect = flow.throw(error)
                     continue
             effect = send((monotonic(), value))
@@ -54,24 +56,25 @@ async def adrive(
 ) -> Any:
     """Drive a flow on the running event loop."""
     send = flow.send
+    cancelled: list[BaseException] = []
     try:
         effect = next(flow)
         while True:
-            kind = type(effect)
-            if kind is Attempt:
+            if type(effect) is Attempt and not cancelled:
                 value: Any = await attempt(effect.lease)  # type: ignore[misc]
-            elif kind is Sleep:
-                value = None
-                await asleep(worker, effect)
             else:
                 try:
-                    value = await arun(worker, backend, effect)
-                except Exception as error:
+                    value = await aperform(worker, backend, effect, cancelled)
+                except BaseException as error:
                     effect = flow.throw(error)
                     continue
             effect = send((monotonic(), value))
     except StopIteration as stop:
+        if cancelled:
+            raise cancelled[0] from None
         return stop.value
+    finally:
+        flow.close()
 
 
 def drive_generator(
@@ -81,7 +84,7 @@ def drive_generator(
     inner: Generator[Any, Any, Any] | None = None
     first: Any = None
     value: Any
-    failure: Exception | None
+    failure: BaseException | None
     effect = next(flow)
     while True:
         kind, value, failure = type(effect), None, None
@@ -100,13 +103,10 @@ def drive_generator(
                 value = yield from _deliver(inner, first)
             except GeneratorExit as error:  # closed, and the inner one with it
                 value = Raised(error)
-        elif kind is Sleep:
-            value = None
-            sleep(worker, effect)
         else:
             try:
-                value = backend.run(effect)
-            except Exception as error:
+                value = perform(worker, backend, effect)
+            except BaseException as error:
                 failure = error
         try:
             effect = flow.send((monotonic(), value)) if failure is None else flow.throw(failure)
@@ -142,12 +142,13 @@ async def adrive_generator(
     inner: AsyncGenerator[Any, Any] | None = None
     item: Any = None
     value: Any
-    failure: Exception | None
+    failure: BaseException | None
+    cancelled: list[BaseException] = []
     effect = next(flow)
     try:
         while True:
             kind, value, failure = type(effect), None, None
-            if kind is Attempt:
+            if kind is Attempt and not cancelled:
                 try:
                     inner = start(effect.lease)
                     item = await inner.__anext__()
@@ -172,22 +173,22 @@ async def adrive_generator(
                     value = Returned(None)
                 except BaseException as error:
                     value = Raised(error)
-            elif kind is Sleep:
-                value = None
-                await asleep(worker, effect)
             else:
                 try:
-                    value = await arun(worker, backend, effect)
-                except Exception as error:
+                    value = await aperform(worker, backend, effect, cancelled)
+                except BaseException as error:
                     failure = error
             try:
                 effect = flow.send((monotonic(), value)) if failure is None else flow.throw(failure)
             except StopIteration as stop:
+                if cancelled:
+                    raise cancelled[0] from None
                 result(stop.value)
                 return
     finally:
         if inner is not None:
             await inner.aclose()
+        flow.close()
 
 
 def result(outcome: Outcome | None) -> Any:
@@ -200,23 +201,100 @@ def result(outcome: Outcome | None) -> Any:
     return outcome.value  # type: ignore[union-attr]
 
 
-def sleep(worker: Worker, effect: Sleep) -> None:
-    from time import sleep as block
+def perform(worker: Worker, backend: Any, effect: Any) -> Any:
+    """What is neither an attempt nor a delivery, in a thread."""
+    kind = type(effect)
+    if kind in WAITS:
+        _warn_on_a_loop()
+        return pause(backend, effect)
+    return effect.listener.stop() if kind is Hush else backend.run(effect)
 
-    _warn_on_a_loop()
-    if effect.refusal is None or effect.refusal.exact:
-        block(effect.seconds)
+
+async def aperform(worker: Worker, backend: Any, effect: Any, cancelled: list[BaseException]) -> Any:
+    """The same on the running event loop. `cancelled` keeps a cancellation that was held back."""
+    kind = type(effect)
+    if cancelled and (kind in WAITS or kind is Attempt):
+        raise cancelled.pop()
+    if kind in WAITS:
+        return await apause(backend, effect)
+    if kind is Hush:
+        return await effect.listener.stop()
+    return backend.run(effect) if backend.local else await _arun(worker, backend, effect, cancelled)
+
+
+def pause(backend: Any, effect: Any) -> int | None:
+    """Wait in a thread; what a Doze is answered."""
+    if type(effect) is Sleep:
+        sleep(effect.seconds)
+    elif type(effect) is Doze:
+        return _doze(backend, effect)
     else:
-        worker.line.wait(effect.seconds)
+        _rest(effect.waiter, effect.seconds, effect.is_over)
+    return None
 
 
-async def asleep(worker: Worker, effect: Sleep) -> None:
+async def apause(backend: Any, effect: Any) -> int | None:
+    """The same on the running event loop."""
+    if type(effect) is Doze:
+        return await _adoze(backend, effect)
+    if type(effect) is Park:
+        await _arest(effect.waiter, effect.seconds, effect.is_over)
+    elif effect.seconds > 0:
+        import asyncio
+
+        await asyncio.sleep(effect.seconds)
+    return None
+
+
+def _rest(waiter: Waiter, seconds: float, is_over: Callable[[], object]) -> None:
+    """Block the thread until the waiter is signalled, unless what it waits for is there."""
+    import threading
+
+    if waiter.gate is None:
+        waiter.gate = threading.Event()
+    if not is_over():  # it may have been signalled before it had a gate
+        waiter.gate.wait(min(seconds, threading.TIMEOUT_MAX))
+    waiter.gate.clear()
+
+
+async def _arest(waiter: Waiter, seconds: float, is_over: Callable[[], object]) -> None:
     import asyncio
 
-    if effect.refusal is None or effect.refusal.exact:
-        await asyncio.sleep(effect.seconds)
-    else:
-        await worker.line.await_(effect.seconds)
+    waiter.gate = asyncio.get_running_loop().create_future()
+    if not is_over():
+        await asyncio.wait((waiter.gate,), timeout=None if seconds > 1e9 else seconds)
+    waiter.gate = None
+
+
+def _doze(backend: Any, effect: Doze) -> int | None:
+    """The leader waits: for the store's wake too, if that is worth a blocking pop."""
+    line, waiter, seconds = effect
+    if line.listener is None and seconds >= LISTEN_AFTER_S:
+        line.listener = backend.listen(line.to)
+    listener = line.listener
+    if listener is not None and not line.nudged:
+        hops: int | None = listener.wait(seconds)
+        if not listener.broken:
+            return hops
+        line.listener = None
+        listener.drop()
+    _rest(waiter, seconds, effect.is_over)
+    return None
+
+
+async def _adoze(backend: Any, effect: Doze) -> int | None:
+    line, waiter, seconds = effect
+    if line.listener is None and seconds >= LISTEN_AFTER_S:
+        line.listener = backend.alisten(line.to)
+    listener = line.listener
+    if listener is not None and not line.nudged:
+        hops: int | None = await listener.wait(seconds)
+        if not listener.broken:
+            return hops
+        line.listener = None
+        listener.drop()
+    await _arest(waiter, seconds, effect.is_over)
+    return None
 
 
 def _warn_on_a_loop() -> None:
@@ -227,30 +305,39 @@ def _warn_on_a_loop() -> None:
         )
 
 
-async def arun(worker: Worker, backend: Any, op: Any) -> Any:
-    """Run an operation that goes on when the caller is cancelled."""
-    if backend.local:
-        return backend.run(op)
+async def _arun(worker: Worker, backend: Any, op: Any, cancelled: list[BaseException]) -> Any:
+    """Run an operation to its end, whatever happens to the caller."""
     import asyncio
 
     task = asyncio.ensure_future(backend.arun(op))
     try:
         return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done() or type(op) is Acquire:
-            _keep(worker, asyncio.ensure_future(_finish(worker, backend, op, task)))
-        raise
+    except asyncio.CancelledError as error:
+        if task.cancelled():
+            raise
+        try:
+            await asyncio.wait((task,), timeout=PATIENCE_S)
+        finally:
+            if not task.done():
+                _keep(worker, asyncio.ensure_future(_finish(worker, backend, op, task)))
+        if not task.done():
+            raise
+        cancelled.append(error)
+        return task.result()
 
 
 async def _finish(worker: Worker, backend: Any, op: Any, task: Awaitable[Any]) -> None:
+    """What comes of an operation that its caller could not wait for: nobody has what it granted."""
     try:
         reply = await task
-        if type(op) is Acquire and isinstance(reply, list):
-            granted = [answer for answer in reply if type(answer) is Granted]
-            closings = tuple(Closing(one.id, one.account, one.key, op.asks[0].model, "unsent") for one in granted)
+        if type(op) is Acquire and type(reply) is not NotRegistered:
+            closings = tuple(
+                Closing(answer.id, answer.account, answer.key, ask.model, "unsent")
+                for ask, answer in zip(op.asks, reply.answers)
+                if type(answer) is Granted and not worker.awaits(answer.id)
+            )
             if closings:
                 await backend.arun(Settle(op.to, op.ttl_ms, closings))
-                worker.line.wake()
     except Exception as error:
         if type(op) is Settle:
             worker.pending.extend((op.to, closing) for closing in op.closings)

@@ -6,7 +6,8 @@
     Attempt(lease)            call the user's function   -> Returned, Started or Raised
     Deliver()                 pass on what a generator   -> Returned or Raised
                               gives after its first item
-    Sleep(seconds, refusal)   wait                       -> None
+    Sleep(seconds)            wait before a next attempt -> None
+    Park, Doze, Hush          wait for a lease, see _obtain.py
 
 Everything sent comes as (now, what came of it), `now` in seconds of a clock that only goes forward: the flow has no
 other clock. tenacity's strategies say how often and how long; they see a RetryCallState whose times are set here.
@@ -18,25 +19,22 @@ and counts as an attempt only after the eighth of a call. No sleep, of either ki
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from stable_openai._ops import Gone, Granted, Refused, TooLarge
+from stable_openai._line import Request, Waiter
+from stable_openai._obtain import obtain
+from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, judge, redact
-from stable_openai._worker import Request, Worker
-from stable_openai.errors import BrokerUnavailable, ConfigurationError, Exhausted, NoKeys, RequestTooLarge
+from stable_openai._worker import Worker
+from stable_openai.errors import ConfigurationError
 
 __all__ = [
-    "Attempt", "Deliver", "Flow", "Outcome", "Policy", "Raised", "Returned", "Sleep", "Started", "call", "obtain",
+    "Attempt", "Deliver", "Flow", "Outcome", "Policy", "Raised", "Returned", "Sleep", "Started", "call",
     "outcome_of", "verdict_of",
 ]  # fmt: skip
 
 MOVES = 8
-POLL_S = 5.0
-REASONS = {kind: f"the breaker, after failures of the upstream ({kind})" for kind in ("5xx", "connection", "timeout")}
-SHORTEST_S = 0.02
-ASK_AGAIN_S = 1.0
 NO_OUTAGE = ("408", "409")  # they are about the request: the breaker does not count them
 
 
@@ -50,7 +48,6 @@ class Deliver(NamedTuple):
 
 class Sleep(NamedTuple):
     seconds: float
-    refusal: Refused | None
 
 
 class Returned(NamedTuple):
@@ -77,10 +74,11 @@ class Policy(NamedTuple):
     classify: Callable[[BaseException], Verdict | None] | None = None
 
 
-def call(worker: Worker, request: Request, policy: Policy, began: float, report: Callable[[], Any]) -> Flow:
+def call(worker: Worker, request: Request, policy: Policy, loop: Any, began: float, report: Callable[[], Any]) -> Flow:
     """One call, from the first lease to the answer; returns the last outcome, Returned or Raised.
 
     Args:
+        loop: the event loop that it runs on; None for a thread.
         began: the time at which the call began; its deadline is `request.max_wait` seconds later.
         report: gives what the user reported of the lease during the attempt: (tokens, verdict).
     """
@@ -89,8 +87,11 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
     missing: list[str] = []
     moves, attempts, now = 0, 0, began
     error: BaseException | None = None
+    waited: Waiter | None = None
     while True:
-        now, lease = yield from obtain(worker, request, avoid, tuple(missing), now, deadline, error)
+        now, lease, waited = yield from obtain(
+            worker, request, loop, now, deadline, avoid=avoid, never=tuple(missing), error=error, before=waited
+        )
         if lease is None:  # no account is left that may know the model
             return Raised(error or AssertionError())
         try:
@@ -100,6 +101,9 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
                 now, outcome = yield Deliver()
         except GeneratorExit:  # the driver was closed or dropped, maybe by the garbage collector: no I/O
             worker.abandon(request, lease, "neutral", report()[0])
+            raise
+        except BaseException:  # cancelled before the attempt was made
+            yield from worker.settle(request, lease, "unsent")
             raise
         tokens, verdict = report()
         if type(outcome) is Returned:
@@ -140,78 +144,7 @@ def call(worker: Worker, request: Request, policy: Policy, began: float, report:
         if now + pause > deadline:
             return outcome
         if pause > 0:
-            now, _ = yield Sleep(pause, None)
-
-
-def obtain(
-    worker: Worker,
-    request: Request,
-    avoid: tuple[str, ...],
-    never: tuple[str, ...],
-    now: float,
-    deadline: float,
-    error: BaseException | None,
-) -> Generator[Any, Any, tuple[float, Granted | None]]:
-    """A lease, waiting for it until the deadline; None where `never` leaves no account. `error` is what the attempt
-    before raised; what is raised here is raised from it."""
-    looks = 0
-    while True:
-        try:
-            now, answer = yield from worker.acquire(request, avoid, never)
-        except BrokerUnavailable:
-            if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > deadline:
-                raise
-            now, _ = yield Sleep(ASK_AGAIN_S, None)
-            continue
-        if isinstance(answer, Granted):
-            return now, answer
-        if isinstance(answer, TooLarge) and not answer.limit:
-            return now, None
-        if isinstance(answer, TooLarge):
-            raise RequestTooLarge(
-                f"a request of {request.tokens} tokens is larger than the {answer.limit} of every key",
-                tokens=request.tokens,
-                limit=answer.limit,
-            )
-        if isinstance(answer, Gone):  # only where an id comes twice
-            continue
-        wait = answer.wait_ms / 1000
-        if answer.reason == "disabled" and not answer.timed and (yield from worker.all_disabled(request)):
-            yield from _give_up(worker, request, answer, error)  # until somebody enables one
-        if not answer.timed and wait >= POLL_S:  # look again, not all at the same moment
-            wait *= random.uniform(0.9, 1.1)
-        if not answer.exact and wait < SHORTEST_S:  # there are more accounts than one look covers
-            wait = min(POLL_S, SHORTEST_S * 2**looks)
-            looks += 1
-        if now + wait > deadline:
-            if answer.timed or deadline - now < SHORTEST_S:
-                yield from _give_up(worker, request, answer, error)
-            wait = deadline - now
-        now, _ = yield Sleep(wait, answer)
-
-
-def _give_up(
-    worker: Worker, request: Request, refusal: Refused, error: BaseException | None
-) -> Generator[Any, Any, NoReturn]:
-    """Raise what says most about why no key could serve in time."""
-    out = yield from worker.why_out(request)
-    wait = refusal.wait_ms / 1000
-    retry_after = wait if refusal.timed else None
-    if out is not None:
-        why = ", ".join(f"{name}: {reason}" for name, reason in out.items())
-        raise NoKeys(
-            f"no key of pool {worker.pool!r} can be used ({why})",
-            keys=out,
-            retry_after=retry_after,
-            reason=refusal.reason,
-        ) from error
-    when = "at a time that is not known" if retry_after is None else f"in {wait:.1f} s, which is later"
-    raise Exhausted(
-        f"no key of pool {worker.pool!r} can serve before the call's {request.max_wait:g} s (max_wait) are over; "
-        f"the next can {when}; in the way: {REASONS.get(refusal.reason, refusal.reason)}",
-        retry_after=retry_after,
-        reason=refusal.reason,
-    ) from error
+            now, _ = yield Sleep(pause)
 
 
 def verdict_of(error: BaseException, classify: Callable[[BaseException], Verdict | None] | None) -> Verdict:

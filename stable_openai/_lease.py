@@ -8,12 +8,14 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from stable_openai._drive import adrive, drive
-from stable_openai._flow import obtain, verdict_of
+from stable_openai._flow import Sleep, verdict_of
 from stable_openai._flow import outcome_of as _outcome_of
 from stable_openai._keys import Key
+from stable_openai._line import Request
+from stable_openai._obtain import obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, redact, verdict_of_response
-from stable_openai._worker import Request, Worker
+from stable_openai._worker import Worker
 from stable_openai.errors import ConfigurationError
 
 __all__ = ["Lease"]
@@ -103,13 +105,21 @@ class Lease:
     def reported(self) -> tuple[int | None, Verdict | None]:
         return self._tokens, self._verdict
 
-    def _open(self) -> Any:
+    def _open(self, loop: Any) -> Any:
         if self._granted is not None:
             raise RuntimeError("the lease is held already: make one for each use")
         self._tokens = self._verdict = None
         began = monotonic()
-        deadline = began + self._request.max_wait
-        _, self._granted = yield from obtain(self._worker, self._request, (), (), began, deadline, None)
+        request = self._request
+        _, found, _ = yield from obtain(self._worker, request, loop, began, began + request.max_wait)
+        granted: Any = found  # with no account excluded there is always one
+        if loop is not None:
+            try:
+                yield Sleep(0)  # here a cancellation arrives that came with the lease
+            except BaseException:
+                yield from self._worker.settle(request, granted, "unsent")
+                raise
+        self._granted = granted
 
     def _end(self, error: BaseException | None) -> Any:
         lease = self._held
@@ -131,7 +141,7 @@ class Lease:
             raise mistake from error
 
     def __enter__(self) -> Lease:
-        drive(self._open(), self._worker, self._backend)
+        drive(self._open(None), self._worker, self._backend)
         return self
 
     def __exit__(
@@ -140,7 +150,9 @@ class Lease:
         drive(self._end(error), self._worker, self._backend)
 
     async def __aenter__(self) -> Lease:
-        await adrive(self._open(), self._worker, self._backend)
+        from asyncio import get_running_loop
+
+        await adrive(self._open(get_running_loop()), self._worker, self._backend)
         return self
 
     async def __aexit__(

@@ -1,64 +1,420 @@
-"""Who waits in this process for something that has no time of its own, such as a concurrency slot.
+"""The line: who waits in this process for keys of one ring, in which order, and who asks the broker for all.
 
-A waiter leaves a waker and sleeps until it is called or its time is over; whoever frees something calls the first.
-A wake is a hint: who is woken asks the broker again. (The fair line of design.md, section 7, takes this place.)
+There is one line for threads and one for each event loop. Its head leads: it alone asks, for everyone at once; sleeps
+until the time it was told, or until it is woken; hands out what it got; and when it is served, cancelled or out of
+time, the next one leads. What leads is a caller's own flow (`_obtain.py`); here is only what it works on. There is no
+thread or task of the line's own, and a forked child begins with none.
+
+THE ORDER is by band, 0 the most urgent, and in a band by who came first; a call that returns for another key keeps its
+place. A waiter rises one band for each 30 s that it waits, by the store's clock.
+
+WHO IS ASKED FOR. As many from the front as the last answers suggest (8, doubling to 32 while all are granted: what is
+granted together should also be sent together, since the upstream counts when requests arrive), and behind them, up to
+the 200th, everyone who wants fewer tokens than all before: so a large request at the head stops no small one. Where it
+has not fitted for 2 s, it is asked for as LARGE, and the store holds one account for it: so the small ones do not stop
+it either. The store is told how many wait in each band, and shares between workers (lua/line.lua).
 """
 
 from __future__ import annotations
 
+import heapq
+import math
+import random
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count, islice
+from typing import Any, NamedTuple
 
-__all__ = ["Line"]
+from stable_openai._ops import LARGE, Acquired, Answer, Ask, Demand, Granted, Refused, Registration
+
+__all__ = ["BANDS", "Line", "Moved", "Request", "Waiter", "Waiting"]
+
+BANDS = 4
+ONE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
+RISE_MS = 30_000
+LARGE_AFTER_MS = 2000
+FIRST_ASKS, MOST_ASKS, LOOKED_AT = 8, 32, 200
+ALONE = 8  # so many ask by themselves at the same time while nobody waits
+POLL_S = 5.0
+SHORTEST_S = 0.02
+REPORT_AFTER_S, REPORT_MOST_S = 5.0, 60.0
+
+
+class Request(NamedTuple):
+    """What a call asks for: the model ("-": none), the tokens it reserves, how long it is willing to wait in s, its
+    band (0 the most urgent to 3) and the accounts that it likes best."""
+
+    model: str
+    tokens: int
+    max_wait: float
+    band: int = 1
+    wanted: tuple[str, ...] = ()
+
+
+class Waiting(NamedTuple):
+    """What is known of a line whose first call has waited for some seconds.
+
+    `calls` wait in this process; `longest_s` is for how long the first has; `reason` is the limit (or what else stands
+    in the way) and `key` the name of the key that comes next; `next_s` is when the next is served, None where that is
+    not known.
+    """
+
+    pool: str
+    model_class: str
+    calls: int
+    longest_s: float
+    reason: str
+    key: str
+    next_s: float | None
+
+
+class Moved(NamedTuple):
+    """The worker's keys have changed: stand in the line of the new ones."""
+
+
+class Waiter:
+    """A call that waits. Its flow looks at `answer` and `leads`; whoever changes them calls `signal`."""
+
+    __slots__ = (
+        "answer", "avoid", "deadline", "gate", "id", "joined", "leads", "loop", "never", "number", "request",
+        "returned", "short_since", "since", "unsure",
+    )  # fmt: skip
+    _numbers = count()
+
+    def __init__(
+        self,
+        request: Request,
+        avoid: tuple[str, ...],
+        never: tuple[str, ...],
+        deadline: float,
+        id: str,
+        loop: Any,
+        before: Waiter | None,
+    ) -> None:
+        self.request, self.avoid, self.never, self.deadline, self.id, self.loop = (
+            request, avoid, never, deadline, id, loop,
+        )  # fmt: skip
+        self.answer: Answer | Moved | Exception | None = None
+        self.leads = self.unsure = False
+        self.gate: Any = None
+        self.returned = before is not None
+        self.number: int = before.number if before else next(self._numbers)
+        self.joined: float | None = before.joined if before else None
+        self.since: float | None = before.since if before else None
+        self.short_since: float | None = None
+
+    def ask(self, band: int, large: bool = False) -> Ask:
+        request = self.request
+        rank = band + LARGE * large
+        return Ask(self.id, request.tokens, request.model, self.avoid, request.wanted, self.never, rank)
+
+    def signal(self) -> None:
+        """From the thread, or the loop, of the line's own waiters."""
+        gate = self.gate
+        if gate is None:
+            return
+        if self.loop is None:
+            gate.set()
+        elif not gate.done():
+            gate.set_result(None)
+
+    def signal_from_anywhere(self) -> None:
+        if self.loop is None:
+            self.signal()
+        else:
+            with suppress(RuntimeError):  # the loop is closed
+                self.loop.call_soon_threadsafe(self.signal)
 
 
 class Line:
-    """The waiters of one worker, threads and coroutines alike."""
+    """The waiters of one ring and one colour. All methods may be called from any thread; none blocks or does I/O."""
 
-    def __init__(self) -> None:
-        self._wakers: deque[Callable[[], object]] = deque()
+    def __init__(self, to: Registration, claim: str) -> None:
+        self.to = to
+        self.claim = claim
+        self.leader: Waiter | None = None
+        self.listener: Any = None
+        self.refusal: Refused | None = None
+        self._mutex = threading.Lock()
+        # By band; of each those who have returned, and the others.
+        self._groups: list[dict[Waiter, None]] = [{} for _ in range(2 * BANDS)]
+        self._asking = 0
+        self._claimed = False
+        self._told = 0.0
+        self._nudged = False
+        self._hops = -1
+        self._width = FIRST_ASKS
+        self._looks = 0
+        self._offset: float | None = None
+        self._best_asked = (0, 0)
+        self._counted, self._exact = 1, True
+        self._patience = 0.0
+        self._reported, self._report_again_s = 0.0, REPORT_AFTER_S
 
-    def wake(self) -> None:
-        """Something was freed: wake the first waiter."""
-        while True:
-            try:
-                self._wakers.popleft()()
+    def __len__(self) -> int:
+        return sum(map(len, self._groups))
+
+    def __contains__(self, id: str) -> bool:
+        return any(waiter.id == id for group in self._groups for waiter in tuple(group))
+
+    # A call that finds nobody waiting asks by itself.
+
+    def begin_alone(self, waiter: Waiter, now: float) -> tuple[Ask, Demand] | None:
+        """A call's own ask, and what the store is told with it; None: others wait, or enough are asking."""
+        with self._mutex:
+            if self._asking >= ALONE or len(self):
+                return None
+            self._asking += 1
+        band = self._band(waiter, self._server(now))
+        demand = Demand(self.claim, ONE[band], waiter.request.tokens, _ms(waiter.deadline - now))
+        return waiter.ask(band), demand
+
+    def end_alone(self, answer: Answer | None, now_ms: int, now: float) -> None:
+        with self._mutex:
+            self._asking -= 1
+            if answer is not None:
+                self._offset = now_ms - now * 1000
+            if type(answer) is Refused:
+                self._claimed, self._counted = True, 1
+                self._refuse([answer], now)
+
+    # Joining and leaving.
+
+    def join(self, waiter: Waiter, now: float) -> None:
+        if waiter.joined is None:
+            waiter.joined = now
+        if waiter.since is None and self._offset is not None:
+            waiter.since = self._offset + now * 1000
+        with self._mutex:
+            if not len(self):
+                self._reported, self._report_again_s = 0.0, REPORT_AFTER_S
+            self._groups[2 * waiter.request.band + (not waiter.returned)][waiter] = None
+            if self.leader is None:
+                self._lead(waiter)
                 return
-            except IndexError:
-                return
-            except RuntimeError:  # its event loop is closed: the next one
-                continue
+            grown = not self._exact and len(self) >= 2 * self._counted
+        if grown or waiter.request.band < self._best_asked[0] or waiter.request.tokens < self._best_asked[1]:
+            self.nudge()  # it may be served before the others; or for so many, the store names another time
 
-    def wait(self, seconds: float) -> None:
-        """Block the thread until it is woken, at most so long."""
-        woken = threading.Event()
-        self._wakers.append(woken.set)
-        try:
-            woken.wait(seconds)
-        finally:
-            self._leave(woken.set)
+    def leave(self, waiter: Waiter) -> None:
+        """The lead passes on, and so does what the waiter was granted and does not take."""
+        with self._mutex:
+            self._groups[2 * waiter.request.band + (not waiter.returned)].pop(waiter, None)
+            if self.leader is waiter:
+                self.leader = None
+                heads = [next(iter(group)) for group in self._groups if group]
+                if heads:
+                    self._lead(min(heads, key=lambda head: (self._band(head), head.number)))
 
-    async def await_(self, seconds: float) -> None:
-        """The same for a coroutine."""
-        import asyncio
+    def _lead(self, waiter: Waiter) -> None:
+        self.leader = waiter
+        waiter.leads = True
+        waiter.signal()
 
-        loop = asyncio.get_running_loop()
-        woken = asyncio.Event()
+    def hand_on(self, granted: Granted, tokens: int, model: str) -> bool:
+        """Give a lease whose waiter has gone to the first who can use it; False: there is none."""
+        with self._mutex:
+            for waiter in islice(self._order(), LOOKED_AT):
+                request = waiter.request
+                if request.model == model and request.tokens <= tokens and granted.account not in waiter.never:
+                    self._answer(waiter, granted)
+                    return True
+        return False
 
-        def waker() -> None:
-            loop.call_soon_threadsafe(woken.set)
+    def end(self) -> tuple[bool, Any]:
+        """For who leaves: whether the store has a claim of a line that is empty now, and the listener to be stopped."""
+        with self._mutex:
+            if len(self) or self._asking:
+                return False, None
+            claimed, self._claimed = self._claimed, False
+            listener, self.listener = self.listener, None
+            return claimed, listener
 
-        self._wakers.append(waker)
-        try:
-            await asyncio.wait_for(woken.wait(), seconds)
-        except asyncio.TimeoutError:
+    # What the leader does.
+
+    def nudge(self) -> None:
+        """Something has changed: the leader should ask at once."""
+        self._nudged = True
+        listener, leader = self.listener, self.leader
+        if listener is not None:
+            listener.nudge()
+        if leader is not None:
+            leader.signal_from_anywhere()
+
+    @property
+    def nudged(self) -> bool:
+        return self._nudged
+
+    def woken(self, hops: int, now: float) -> None:
+        """The store has called; so many others may use what it called for."""
+        self._told, self._hops = now, hops
+
+    def delay(self, now: float, seconds: float) -> None:
+        self._told = now + seconds
+
+    def pause(self, now: float) -> float:
+        """Seconds until it is time to ask."""
+        if self._nudged:
+            self._nudged = False
+            return 0.0
+        return self._told - now
+
+    def pick(self, now: float) -> tuple[list[Waiter], tuple[Ask, ...], Demand]:
+        """Who is asked for, and what the store is told of the others."""
+        with self._mutex:
+            server = self._server(now)
+            for group in self._groups:
+                for waiter in reversed(group):
+                    if waiter.since is not None or server is None:
+                        break
+                    waiter.since = server
+            picked: list[Waiter] = []
+            smallest = math.inf
+            for place, waiter in enumerate(islice(self._order(server), LOOKED_AT)):
+                tokens = waiter.request.tokens
+                if place < self._width or tokens < smallest:
+                    picked.append(waiter)
+                    smallest = min(smallest, tokens)
+            bands, last = [0] * BANDS, 0.0
+            for number, group in enumerate(self._groups):
+                risen = 0
+                for waiter in group:
+                    band = self._band(waiter, server)
+                    if band == number // 2:
+                        break
+                    bands[band] += 1
+                    risen += 1
+                bands[number // 2] += len(group) - risen
+                if group:
+                    last = max(last, next(reversed(group)).deadline)
+        if not picked:
+            return [], (), Demand(self.claim, (0, 0, 0, 0), 0)
+        large = self._is_large(picked[0], server)
+        asks = tuple(waiter.ask(self._band(waiter, server), large and waiter is picked[0]) for waiter in picked)
+        hops, self._hops, self._counted = self._hops, -1, sum(bands)
+        self._best_asked, self._patience = (asks[0].rank % LARGE, int(smallest)), last
+        return picked, asks, Demand(self.claim, tuple(bands), int(smallest), _ms(last - now), hops)  # type: ignore[arg-type]
+
+    def deliver(self, asked: list[Waiter], reply: Acquired, now: float) -> list[tuple[Waiter, Granted]]:
+        """Hand out what the store answered; returns the leases of those who have left meanwhile."""
+        strays: list[tuple[Waiter, Granted]] = []
+        refused: list[Refused] = []
+        with self._mutex:
+            self._offset = reply.now_ms - now * 1000
+            granted = 0
+            for waiter, answer in zip(asked, reply.answers):
+                waiter.unsure = False
+                waits = waiter in self._groups[2 * waiter.request.band + (not waiter.returned)]
+                if type(answer) is Refused:
+                    refused.append(answer)
+                    if waits and answer.timed and now + answer.wait_ms / 1000 > waiter.deadline:
+                        self._answer(waiter, answer)
+                    elif waits:
+                        self._note_short(waiter, answer, reply.now_ms)
+                elif waits:
+                    granted += type(answer) is Granted
+                    self._answer(waiter, answer)
+                elif type(answer) is Granted:
+                    strays.append((waiter, answer))
+            if granted == len(asked):
+                self._width = min(MOST_ASKS, 2 * self._width)
+            else:
+                self._width = max(FIRST_ASKS, min(MOST_ASKS, 2 * granted))
+            if granted:
+                self._looks = 0
+            self._claimed = bool(refused)
+            if refused:
+                self._refuse(refused, now)
+                self._give_up_in_time(reply, now)
+            else:
+                self._told = now
+        return strays
+
+    def dismiss(self, answer: Refused | Moved | Exception) -> None:
+        """All are answered so."""
+        with self._mutex:
+            for group in self._groups:
+                for waiter in tuple(group):
+                    self._answer(waiter, answer)
+
+    def report(self, now: float, pool: str) -> tuple[float, Waiting | None]:
+        """Seconds until there is to be a report, and the one that is due now."""
+        with self._mutex:
+            firsts = [next(iter(group)) for group in self._groups if group]
+            first = min((waiter.joined or now for waiter in firsts), default=now)
+            due = max(first + REPORT_AFTER_S, self._reported + self._report_again_s if self._reported else 0.0)
+            if now < due or not firsts:
+                return max(0.001, due - now), None
+            self._reported = now
+            self._report_again_s = min(REPORT_MOST_S, 2 * self._report_again_s)
+            refusal = self.refusal
+            next_s = max(0.0, self._told - now) if refusal and refusal.timed else None
+            reason, account = (refusal.reason, refusal.account) if refusal else ("", "")
+            said = Waiting(pool, self.to.model_class, len(self), now - first, reason, account, next_s)
+            return self._report_again_s, said
+
+    # The rest holds the mutex.
+
+    def _answer(self, waiter: Waiter, answer: Answer | Moved | Exception) -> None:
+        waiter.answer = answer
+        self._groups[2 * waiter.request.band + (not waiter.returned)].pop(waiter, None)
+        waiter.signal()
+
+    def _refuse(self, refused: list[Refused], now: float) -> None:
+        """When to ask again."""
+        first = min(refused, key=lambda refusal: refusal.wait_ms)
+        self.refusal = first
+        wait = first.wait_ms / 1000
+        if not first.timed and wait >= POLL_S:  # look again, not all at the same moment
+            wait *= random.uniform(0.9, 1.1)
+        if not first.exact and wait < SHORTEST_S:  # there are more accounts than one look covers
+            wait = min(POLL_S, SHORTEST_S * 2**self._looks)
+            self._looks += 1
+        self._told, self._exact = now + wait, first.exact
+        head = next(self._order(), None)
+        if head is not None and head.short_since is not None and self._offset is not None:
+            after = (head.short_since + LARGE_AFTER_MS - self._offset) / 1000 - now  # until it is LARGE
+            if 0 < after < wait:
+                self._told = now + after + 0.001
+
+    def _give_up_in_time(self, reply: Acquired, now: float) -> None:
+        """Those who cannot be served before their deadline need not wait for it."""
+        if reply.in_time < 0 or self.refusal is None:
             return
-        finally:
-            self._leave(waker)
+        refusal = self.refusal._replace(exact=False, timed=True)
+        first_ms = (self._patience - now) * 1000
+        late = list(islice(self._order(reply.now_ms), reply.in_time, None))
+        for place, waiter in enumerate(late, 1):
+            if waiter.deadline <= self._patience:  # (who came meanwhile was not counted)
+                ms = first_ms + max(0.0, reply.last_ms - first_ms) * place / len(late)
+                self._answer(waiter, refusal._replace(wait_ms=math.ceil(ms)))
 
-    def _leave(self, waker: Callable[[], object]) -> None:
-        try:
-            self._wakers.remove(waker)
-        except ValueError:  # it was woken
-            return
+    def _note_short(self, waiter: Waiter, refusal: Refused, server: float) -> None:
+        if refusal.reason not in ("tpm", "tpd", "held"):
+            waiter.short_since = None
+        elif waiter.short_since is None:
+            waiter.short_since = server
+
+    def _is_large(self, head: Waiter, server: float | None) -> bool:
+        return head.short_since is not None and server is not None and server - head.short_since >= LARGE_AFTER_MS
+
+    def _server(self, now: float) -> float | None:
+        """The store's time in ms, as far as it is known."""
+        return None if self._offset is None else self._offset + now * 1000
+
+    def _band(self, waiter: Waiter, server: float | None = None) -> int:
+        if server is None or waiter.since is None:
+            return waiter.request.band
+        return max(0, waiter.request.band - int(max(0.0, server - waiter.since) // RISE_MS))
+
+    def _order(self, server: float | None = None) -> Iterator[Waiter]:
+        groups = [group for group in self._groups if group]
+        if len(groups) == 1:
+            return iter(groups[0])
+        return heapq.merge(*groups, key=lambda waiter: (self._band(waiter, server), waiter.number))
+
+
+def _ms(seconds: float) -> int:
+    """For the store: -1 is for ever."""
+    return -1 if seconds > 1e9 else max(0, math.ceil(seconds * 1000))

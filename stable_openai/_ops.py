@@ -3,7 +3,7 @@
 Every backend takes one of the operations and answers with its reply:
 
     Register -> Registered                      Renew   -> list[bool] (renewed, or lost)
-    Acquire  -> NotRegistered or list[Answer]   Inspect -> Snapshot
+    Acquire  -> NotRegistered or Acquired       Inspect -> Snapshot
     Settle   -> list[Settled]                   Admin   -> bool (False: the pool is not known)
 
 An Answer is Granted, Refused, Gone or TooLarge. Times are whole milliseconds. These are named tuples and not
@@ -18,9 +18,31 @@ from typing import Any, NamedTuple
 from stable_openai._limits import METERS, Quota
 
 __all__ = [
-    "Acquire", "Admin", "Answer", "Ask", "Closing", "Gone", "Granted", "Inspect", "Member", "NotRegistered", "Op",
-    "Refused", "Register", "Registered", "Registration", "Renew", "Settle", "Settled", "Snapshot", "TooLarge",
-    "decode", "encode",
+    "LARGE",
+    "Acquire",
+    "Acquired",
+    "Admin",
+    "Answer",
+    "Ask",
+    "Closing",
+    "Demand",
+    "Gone",
+    "Granted",
+    "Inspect",
+    "Member",
+    "NotRegistered",
+    "Op",
+    "Refused",
+    "Register",
+    "Registered",
+    "Registration",
+    "Renew",
+    "Settle",
+    "Settled",
+    "Snapshot",
+    "TooLarge",
+    "decode",
+    "encode",
 ]  # fmt: skip
 
 
@@ -37,7 +59,7 @@ class Registration:
     """The keys that a worker holds for one class, with their limits. Its digest is the ring's name: an acquire
     that names a digest the store does not know is answered with NotRegistered."""
 
-    __slots__ = ("fingerprints", "keys", "members", "model_class", "pool", "quotas", "ring", "zones")
+    __slots__ = ("favourites", "fingerprints", "keys", "members", "model_class", "pool", "quotas", "ring", "zones")
 
     def __init__(self, pool: str, model_class: str, quotas: Sequence[Quota], members: Iterable[Member]) -> None:
         self.pool = pool
@@ -45,6 +67,7 @@ class Registration:
         self.quotas = tuple(quotas)
         self.members = tuple(members)
         self.fingerprints = [fingerprint for member in self.members for fingerprint, _ in member.keys]
+        self.favourites: dict[bytes, tuple[str, ...]] = {}  # what _affinity.py has worked out
         self.zones = sorted({quota[-1] for quota in quotas if quota[-1]})
         import hashlib  # here, so that importing the package stays quick
         import json
@@ -58,12 +81,16 @@ class Registration:
             f"{tag}:expiry:{model_class}",
             f"{tag}:ring:{self.ring}",
             f"{tag}:ready:{self.ring}",
+            f"{tag}:wakes:{model_class}",
         )
+
+
+LARGE = 4
 
 
 class Ask(NamedTuple):
     """One request for a lease. Of the accounts, `avoid` is passed over while others can serve, `wanted` is tried first,
-    and `never` is not chosen."""
+    and `never` is not chosen. `rank` is the band, 0 the most urgent to 3; LARGE more: it may hold an account."""
 
     id: str
     tokens: int
@@ -71,6 +98,19 @@ class Ask(NamedTuple):
     avoid: tuple[str, ...] = ()
     wanted: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    rank: int = 1
+
+
+class Demand(NamedTuple):
+    """What a worker's line wants: the id of its claim, how many wait in each band, the tokens of the smallest, how long
+    the last of them waits at most (-1: for ever), and how many other workers may use the wake that it got (-1: it got
+    none)."""
+
+    claim: str
+    bands: tuple[int, int, int, int]
+    smallest: int
+    patience_ms: int = -1
+    hops: int = -1
 
 
 class Closing(NamedTuple):
@@ -93,9 +133,12 @@ class Register(NamedTuple):
 
 
 class Acquire(NamedTuple):
+    """`demand` None: who asks does not wait. No asks: nobody waits any more."""
+
     to: Registration
     ttl_ms: int
     asks: tuple[Ask, ...]
+    demand: Demand | None = None
 
 
 class Settle(NamedTuple):
@@ -147,12 +190,13 @@ class Granted(NamedTuple):
 
 class Refused(NamedTuple):
     """`exact`: the request can be served after `wait_ms`, else not before. `timed`: else that is only when to look
-    again, for what is in the way has no time."""
+    again, for what is in the way has no time. `account` is the one that comes next."""
 
     wait_ms: int
     reason: str
     exact: bool
     timed: bool
+    account: str = ""
 
 
 class Gone(NamedTuple):
@@ -166,6 +210,16 @@ class TooLarge(NamedTuple):
 
 
 Answer = Granted | Refused | Gone | TooLarge
+
+
+class Acquired(NamedTuple):
+    """`now_ms` is the pool's time; `in_time` how many of the line can be served before the last of them gives up (-1:
+    all, or it is not known), `last_ms` until the last of them would be."""
+
+    now_ms: int
+    in_time: int
+    last_ms: int
+    answers: list[Answer]
 
 
 class Settled(NamedTuple):
@@ -194,9 +248,19 @@ class KeyRow(NamedTuple):
     disabled_ms: int
 
 
+class ClaimRow(NamedTuple):
+    """A worker that waits: when it asks again, what stands in its way, how many wait in each band."""
+
+    claim: str
+    ms: int
+    reason: str
+    bands: tuple[int, int, int, int]
+
+
 class Snapshot(NamedTuple):
     breaker: str
     breaker_ms: int
+    line: list[ClaimRow]
     accounts: dict[str, AccountRow]
     keys: dict[str, KeyRow]
 
@@ -230,27 +294,33 @@ def _register(op: Register, now: str) -> tuple[tuple[str, ...], list[Any]]:
 
 def _acquire(op: Acquire, now: str) -> tuple[tuple[str, ...], list[Any]]:
     to = op.to
-    args: list[Any] = [now, op.ttl_ms, to.ring]
-    for ask in op.asks:
-        args += (ask.id, ask.tokens, ask.model, "\n".join(ask.avoid), "\n".join(ask.wanted), "\n".join(ask.never))
+    demand = op.demand
+    if demand is None:
+        wanted = ""
+    else:
+        claim, (urgent, normal, low, idle), smallest, patience, hops = demand
+        wanted = f"{claim} {urgent} {normal} {low} {idle} {smallest} {patience} {hops}"
+    args: list[Any] = [now, op.ttl_ms, to.ring, wanted]
+    for id, tokens, model, avoid, first, never, rank in op.asks:
+        args += (id, tokens, model, "\n".join(avoid), "\n".join(first), "\n".join(never), rank)
     return to.keys, args
 
 
-def _answers(op: Acquire, reply: list[Any]) -> NotRegistered | list[Answer]:
+def _acquired(op: Acquire, reply: list[Any]) -> NotRegistered | Acquired:
     if reply[0]:
         return NotRegistered()
     answers: list[Answer] = []
-    place = 1
+    place = 4
     for ask in op.asks:
-        code, first, second, exact = reply[place : place + 4]
-        place += 4
+        code, first, second, how, account = reply[place : place + 5]
+        place += 5
         if code == 1:
             answers.append(Granted(ask.id, _text(first), _text(second)))
         elif code == 0:
-            answers.append(Refused(first, _text(second), exact == 1, exact != 2))
+            answers.append(Refused(first, _text(second), how == 1, how != 2, _text(account)))
         else:
             answers.append(Gone() if code == 2 else TooLarge(_text(second)))
-    return answers
+    return Acquired(reply[1], reply[2], reply[3], answers)
 
 
 def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -260,7 +330,7 @@ def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
         args += closing
         if closing.tokens is None:
             args[-3] = ""
-    return (keys[0], keys[1], keys[2], keys[4]), args
+    return (keys[0], keys[1], keys[2], keys[4], keys[5]), args
 
 
 def _renew(op: Renew, now: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -273,7 +343,8 @@ def _inspect(op: Inspect, now: str) -> tuple[tuple[str, ...], list[Any]]:
 
 
 def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
-    (breaker, breaker_ms), rows = reply[0], reply[1:]
+    (breaker, breaker_ms), claims, rows = reply[0], reply[1], reply[2:]
+    line = [ClaimRow(_text(claim), ms, _text(why), tuple(bands)) for claim, ms, why, *bands in claims]
     accounts = {}
     for member, (live, held, cooldown, out, why, *meters) in zip(op.to.members, rows):
         known = {name: (float(row[0]), int(row[1])) for name, row in zip(METERS, meters) if row}
@@ -282,19 +353,19 @@ def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
         fingerprint: KeyRow(out, _text(why), failures, disabled)
         for fingerprint, (out, why, failures, disabled) in zip(op.to.fingerprints, rows[len(op.to.members) :])
     }
-    return Snapshot(_text(breaker), breaker_ms, accounts, keys)
+    return Snapshot(_text(breaker), breaker_ms, line, accounts, keys)
 
 
 def _admin(op: Admin, now: str) -> tuple[tuple[str, ...], list[Any]]:
     tag = f"stable:{{{op.pool}}}"
-    keys = (f"{tag}:pool", *(f"{tag}:class:{name}" for name in op.classes))
+    keys = (f"{tag}:pool", *(f"{tag}:{what}:{name}" for what in ("class", "wakes") for name in op.classes))
     return keys, [now, op.verb, op.key, op.account, "" if op.ms is None else op.ms]
 
 
 _Codec = tuple[str, Callable[[Any, str], tuple[tuple[str, ...], list[Any]]], Callable[[Any, Any], Any]]
 _CODECS: dict[type, _Codec] = {
     Register: ("register", _register, lambda op, reply: Registered(_text(reply[0]), reply[1])),
-    Acquire: ("acquire", _acquire, _answers),
+    Acquire: ("acquire", _acquire, _acquired),
     Settle: ("settle", _settle, lambda op, reply: [Settled(c, _text(a)) for c, a in zip(reply[::2], reply[1::2])]),
     Renew: ("renew", _renew, lambda op, reply: [code == 1 for code in reply]),
     Inspect: ("inspect", _inspect, _snapshot),

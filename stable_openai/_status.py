@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from stable_openai._ops import Registration, Snapshot
 from stable_openai._worker import Worker
 
-__all__ = ["KeyStatus", "MeterStatus", "Status", "key_states"]
+__all__ = ["KeyStatus", "LineStatus", "MeterStatus", "Status", "key_states", "line_states"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,46 @@ class KeyStatus:
 
 
 @dataclass(frozen=True)
+class LineStatus:
+    """Who waits for keys of one class of models.
+
+    `calls` wait in all `workers`, `here` of them in this process; `by_priority` has how many in each band, the most
+    urgent first; `reasons` is what stands in their way, and `next_s` when the first worker asks again.
+    """
+
+    model_class: str
+    calls: int
+    by_priority: tuple[int, ...]
+    workers: int
+    here: int
+    reasons: tuple[str, ...]
+    next_s: float
+
+
+@dataclass(frozen=True)
 class Status:
-    """A pool at one moment. `breaker` is the kind of failure that pauses it, for `breaker_s` more, or ""."""
+    """A pool at one moment. `breaker` is the kind of failure that pauses it, for `breaker_s` more, or ""; `line` has
+    the classes of models that somebody waits for."""
 
     pool: str
     backend: str
     breaker: str
     breaker_s: float
     keys: tuple[KeyStatus, ...]
+    line: tuple[LineStatus, ...] = ()
+
+
+def line_states(worker: Worker, seen: list[tuple[Registration, Snapshot]]) -> tuple[LineStatus, ...]:
+    """The lines, from the snapshots of the classes that a worker has used."""
+    states = []
+    for name, claims in {to.model_class: snapshot.line for to, snapshot in seen}.items():
+        if claims:
+            bands = tuple(map(sum, zip(*(claim.bands for claim in claims))))
+            here = sum(len(line) for line in tuple(worker.lines.values()) if line.to.model_class == name)
+            reasons = tuple(sorted({claim.reason for claim in claims if claim.reason}))
+            next_s = min(claim.ms for claim in claims) / 1000
+            states.append(LineStatus(name, sum(bands), bands, len(claims), here, reasons, next_s))
+    return tuple(states)
 
 
 def key_states(worker: Worker, seen: list[tuple[Registration, Snapshot]]) -> tuple[KeyStatus, ...]:

@@ -15,17 +15,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from stable_openai._keys import Key
 from stable_openai._limits import Limits, Quota, class_of, day_starts, quota, serves
-from stable_openai._line import Line
+from stable_openai._line import Line, Request, Waiter, Waiting
 from stable_openai._ops import (
     Acquire,
+    Acquired,
     Admin,
-    Answer,
     Ask,
     Closing,
+    Demand,
     Granted,
     Inspect,
     Member,
@@ -39,22 +40,14 @@ from stable_openai._ops import (
 from stable_openai._verdict import Verdict
 from stable_openai.errors import BrokerUnavailable, ConfigurationError
 
-__all__ = ["Request", "Worker"]
+__all__ = ["Worker"]
 
 log = logging.getLogger("stable_openai.leases")
+waiting_log = logging.getLogger("stable_openai.waiting")
 
 LONGEST_HOLD_MS = 900_000
 BATCH = 200
 Steps = Generator[Any, Any, Any]
-
-
-class Request(NamedTuple):
-    """What a call asks for: the model ("-": none), the tokens it reserves, how long it is willing to wait in s."""
-
-    model: str
-    tokens: int
-    max_wait: float
-    wanted: tuple[str, ...] = ()
 
 
 class Worker:
@@ -79,6 +72,7 @@ class Worker:
         self._warned = False
         self.class_names: set[str] = set()
         self.run: Callable[[Steps], Any] = list
+        self.on_wait: Callable[[Waiting], object] | None = None
         self.hold(keys)
         self.begin_life()
 
@@ -87,7 +81,9 @@ class Worker:
         self.id = os.urandom(8).hex()
         self._numbers = itertools.count(1)
         self._registered: set[str] = set()
-        self.line = Line()
+        self.lines: dict[tuple[str, Any], Line] = {}
+        self._line_numbers = itertools.count(1)
+        self._why_out: tuple[float, str, dict[str, str] | None] = (-math.inf, "", None)
         self.live: dict[str, tuple[Registration, float]] = {}
         self.pending: deque[tuple[Registration, Closing]] = deque()
         self.tasks: set[Any] = set()
@@ -156,30 +152,89 @@ class Worker:
         if reply.moved:
             log.info("limits.changed pool=%s class=%s accounts=%d", self.pool, to.model_class, reply.moved)
 
-    def acquire(
-        self, request: Request, avoid: tuple[str, ...] = (), never: tuple[str, ...] = ()
-    ) -> Generator[Any, Any, tuple[float, Answer]]:
-        """Ask once for a lease."""
+    def line(self, model: str, loop: Any) -> Line:
+        """Where calls for a model wait: on an event loop, or (None) in threads."""
+        to = self.registration(model)
+        line = self.lines.get((to.ring, loop))
+        if line is None:
+            for place in [place for place in tuple(self.lines) if place[1] is not None and place[1].is_closed()]:
+                self.lines.pop(place, None)
+            made = Line(to, f"{self.id}.{next(self._line_numbers)}")
+            line = self.lines.setdefault((to.ring, loop), made)
+        return line
+
+    def nudge(self, model_class: str | None = None) -> None:
+        """Something was freed, or the keys have changed: all who lead here ask at once."""
+        for line in tuple(self.lines.values()):
+            if model_class in (None, line.to.model_class):
+                line.nudge()
+
+    def ask(
+        self, to: Registration, asks: tuple[Ask, ...], demand: Demand
+    ) -> Generator[Any, Any, tuple[float, Acquired]]:
+        """Ask for leases; those that are granted are renewed from now on."""
         if self.warn_once:
             self._warn()
         if self.pending:
             yield from self.flush()
-        to = self.registration(request.model)
         if to.ring not in self._registered:
             yield from self.register(to)
-        ask = Ask(self.next_id(), request.tokens, request.model, avoid, request.wanted, never)
-        op = Acquire(to, self.ttl_ms, (ask,))
-        now, answers = yield op
-        if type(answers) is NotRegistered:
+        op = Acquire(to, self.ttl_ms, asks, demand)
+        now, reply = yield op
+        if type(reply) is NotRegistered:
             yield from self.register(to)
-            now, answers = yield op
-            if type(answers) is NotRegistered:
+            now, reply = yield op
+            if type(reply) is NotRegistered:
                 raise BrokerUnavailable("the store forgets what is registered; is it evicting keys?")
-        answer = answers[0]
-        if type(answer) is Granted:
-            self.live[answer.id] = (to, now)
-            heartbeat.watch(self)
-        return now, answer
+        for answer in reply.answers:
+            if type(answer) is Granted:
+                self.live[answer.id] = (to, now)
+                heartbeat.watch(self)
+        return now, reply
+
+    def give_back(self, line: Line, request: Request, lease: Granted) -> Steps:
+        """A lease whose call has gone: for the next one in line, else it was never used."""
+        if not line.hand_on(lease, request.tokens, request.model):
+            yield from self.settle(request, lease, "unsent")
+
+    def disown(self, to: Registration, waiter: Waiter) -> None:
+        """The answer to a call's ask is not known, and nobody waits for it: what it may be granted is given back."""
+        self.pending.append((to, Closing(waiter.id, "", "", waiter.request.model, "unsent")))
+
+    def awaits(self, id: str) -> bool:
+        """Whether somebody has the lease, or will ask for it again."""
+        return id in self.live or any(id in line for line in tuple(self.lines.values()))
+
+    def forsake(self, line: Line, waiter: Waiter) -> None:
+        """Leave the line from a finaliser: nothing is sent, and the claim ends by itself."""
+        line.leave(waiter)
+        if type(waiter.answer) is Granted:
+            if not line.hand_on(waiter.answer, waiter.request.tokens, waiter.request.model):
+                self.abandon(waiter.request, waiter.answer, "unsent")
+        elif waiter.unsure:
+            self.disown(line.to, waiter)
+        _, listener = line.end()
+        if listener is not None:
+            listener.drop()
+
+    def report(self, waiting: Waiting) -> None:
+        """Calls have waited for some seconds: say so, and to the user's hook."""
+        waiting = waiting._replace(key=self.label_of_account(waiting.key))
+        waiting_log.warning(
+            "wait.long pool=%s class=%s calls=%d longest=%.0fs reason=%s key=%s next=%s",
+            waiting.pool,
+            waiting.model_class,
+            waiting.calls,
+            waiting.longest_s,
+            waiting.reason,
+            waiting.key,
+            "unknown" if waiting.next_s is None else f"{waiting.next_s:.1f}s",
+        )
+        if self.on_wait is not None:
+            try:
+                self.on_wait(waiting)
+            except Exception:
+                waiting_log.exception("wait.hook_failed pool=%s", self.pool)
 
     def settle(
         self, request: Request, lease: Granted, outcome: str, detail: str = "", tokens: int | None = None
@@ -197,7 +252,6 @@ class Worker:
             self.pending.append((to, closing))
             heartbeat.watch(self)
             return ""
-        self.line.wake()
         if replies[0].code == 1:
             log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, lease.id, self.label(lease.key))
         return str(replies[0].advice)
@@ -233,7 +287,6 @@ class Worker:
                 except BrokerUnavailable:
                     later += open_still[: len(batch)]
                 del open_still[: len(batch)]
-                self.line.wake()
         finally:  # a caller who is cancelled meanwhile leaves the rest to the next one
             self.pending.extend(later + open_still)
 
@@ -264,9 +317,19 @@ class Worker:
         """Those that have been used, one for each ring."""
         return list({to.ring: to for to in tuple(self._by_model.values())}.values())
 
-    def why_out(self, request: Request) -> Generator[Any, Any, dict[str, str] | None]:
-        """Why every key that serves the model is out, by label; None where one is not."""
-        to, snapshot = yield from self.inspect_registration(self.registration(request.model))
+    def why_out(self, request: Request, now: float) -> Generator[Any, Any, dict[str, str] | None]:
+        """Why every key that serves the model is out, by label; None where one is not. (Asked once for calls that give
+        up together.)"""
+        to = self.registration(request.model)
+        at, ring, known = self._why_out
+        if at <= now <= at + 0.5 and ring == to.ring:
+            return known
+        found = yield from self._look_why_out(to)
+        self._why_out = (now, to.ring, found)
+        return found
+
+    def _look_why_out(self, to: Registration) -> Generator[Any, Any, dict[str, str] | None]:
+        _, snapshot = yield from self.inspect_registration(to)
         why = {}
         for member in to.members:
             account = snapshot.accounts[member.account]
@@ -300,7 +363,6 @@ class Worker:
             yield from self.register(self.registration("-"))
             yield op
         log.info("key.%s pool=%s key=%s", verb, self.pool, key.name)
-        self.line.wake()
 
     def note(self, lease: Granted, verdict: Verdict, advice: str) -> None:
         """Say what an error did to the key that it came with."""
@@ -322,6 +384,10 @@ class Worker:
     def label(self, fingerprint: str) -> str:
         key = self.known.get(fingerprint)
         return key.name if key else fingerprint
+
+    def label_of_account(self, account: str) -> str:
+        """The name of the first key of an account."""
+        return next((key.name for key in self.known.values() if key.account == account), account)
 
     def warn_of_no_model(self) -> None:
         """Say once that a call without a model passes by what was declared for models."""

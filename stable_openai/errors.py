@@ -3,7 +3,7 @@
 StableError
 ├── ConfigurationError   a setting is wrong; raised before anything is sent (also a ValueError)
 ├── NoKeys               every key of the pool is out; `.keys` says why, key by key
-├── Exhausted            no key can serve within max_wait; `.retry_after` seconds, `.reason`
+├── Exhausted            no key can serve within max_wait; `.retry_after` seconds, `.reason`, `.key`
 ├── RequestTooLarge      the request is larger than the limit of every key; `.tokens`, `.limit`
 ├── LeaseLost            a lease expired while its holder was still using it
 └── BrokerUnavailable    Redis cannot be reached or does not serve the broker
@@ -37,14 +37,17 @@ class ConfigurationError(StableError, ValueError):
 class Exhausted(StableError):
     """No key can serve within the time the caller is willing to wait.
 
-    `retry_after` is in seconds (None where no time is known, as for a concurrency slot), `reason` is what
-    stands in the way: "rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "breaker", or why a key is out.
+    `retry_after` is how long it would have taken, in seconds (None where that is not known, as for a concurrency slot);
+    `reason` is what stands in the way: "rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held" (the account, for
+    a large request), "line" (the calls that came before), the failure that opened the breaker, or why a key is out;
+    `key` is the name of the key that comes next, or "".
     """
 
-    def __init__(self, message: str, *, retry_after: float | None, reason: str) -> None:
+    def __init__(self, message: str, *, retry_after: float | None, reason: str, key: str = "") -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.reason = reason
+        self.key = key
 
 
 class NoKeys(Exhausted, ValueError):

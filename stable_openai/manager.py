@@ -14,8 +14,9 @@ from stable_openai._heartbeat import heartbeat
 from stable_openai._keys import Key, as_keys
 from stable_openai._lease import Lease
 from stable_openai._limits import Limits
+from stable_openai._line import BANDS, Request, Waiting
 from stable_openai._verdict import Verdict
-from stable_openai._worker import Request, Steps, Worker, runs_under_a_forking_server
+from stable_openai._worker import Steps, Worker, runs_under_a_forking_server
 from stable_openai.errors import ConfigurationError, NoKeys
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _made: weakref.WeakSet[KeyManager] = weakref.WeakSet()
 _registry = threading.Lock()
 _making = threading.Lock()
 NO_MODEL = "-"
+PRIORITY = 1
 
 
 class KeyManager:
@@ -45,6 +47,8 @@ class KeyManager:
         lease_ttl: seconds after which the slots of a worker that died come back.
         max_wait: how long, in seconds, a call waits for a key before it raises Exhausted.
         headroom_s: the time in which requests may overtake each other on their way to the upstream.
+        on_wait: called with a `Waiting` when calls have waited for 5 s, and again after 10, 20, 40 and each further
+            60 s; from the thread or event loop that waits, so it should be quick.
 
     Raises ConfigurationError for a setting that is wrong. Does no I/O.
 
@@ -75,6 +79,7 @@ class KeyManager:
         lease_ttl: float = 60.0,
         max_wait: float = 600.0,
         headroom_s: float = 0.25,
+        on_wait: Callable[[Waiting], object] | None = None,
     ) -> None:
         if hasattr(self, "_worker"):  # KeyManager() found the one that is open
             return
@@ -98,6 +103,8 @@ class KeyManager:
             and all(isinstance(name, str) and isinstance(value, Limits) for name, value in models.items())
         ):
             raise ConfigurationError("models", "must map names or patterns of models to Limits(...)")
+        if on_wait is not None and not callable(on_wait):
+            raise ConfigurationError("on_wait", "must be a function that takes a Waiting")
         self.pool = pool
         self.max_wait = max_wait
         self._worker = Worker(
@@ -114,12 +121,14 @@ class KeyManager:
             from stable_openai.backends.memory import MemoryBackend
 
             self._backend = MemoryBackend()
+            self._backend.on_wake = self._worker.nudge
             self._worker.warn_once = runs_under_a_forking_server()
         else:
             from stable_openai.backends.redis import RedisBackend
 
             self._backend = RedisBackend(redis, ttl_s=lease_ttl)
         self._worker.run = self._do
+        self._worker.on_wait = on_wait
         self._mutex = threading.Lock()
         heartbeat.serve(self._worker)
         with _registry:
@@ -142,12 +151,27 @@ class KeyManager:
     async def _ado(self, steps: Steps) -> Any:
         return await adrive(steps, self._worker, self._backend)
 
-    def request(self, model: str | None = None, tokens: int | None = None, max_wait: float | None = None) -> Request:
+    def request(
+        self,
+        model: str | None = None,
+        tokens: int | None = None,
+        max_wait: float | None = None,
+        priority: int = PRIORITY,
+        affinity: object = None,
+    ) -> Request:
         """What a call asks for, with this manager's defaults. For those who build on this package."""
         if tokens is not None and (not isinstance(tokens, int) or tokens < 0):
             raise ConfigurationError("tokens", "must be a whole number, 0 or more")
+        if priority not in range(BANDS):
+            raise ConfigurationError("priority", f"must be a whole number from 0 (most urgent) to {BANDS - 1}")
         self._needs_keys()
-        return Request(model or NO_MODEL, tokens or 0, self.max_wait if max_wait is None else max_wait)
+        model = model or NO_MODEL
+        wanted: tuple[str, ...] = ()
+        if affinity is not None:
+            from stable_openai._affinity import favourites
+
+            wanted = favourites(affinity, self._worker.registration(model))
+        return Request(model, tokens or 0, self.max_wait if max_wait is None else max_wait, priority, wanted)
 
     def counts_tokens(self, model: str | None) -> bool:
         """Whether the limits of a model count tokens."""
@@ -166,6 +190,8 @@ class KeyManager:
         model: str | None = None,
         tokens: int | None = None,
         max_wait: float | None = None,
+        priority: int = PRIORITY,
+        affinity: object = None,
         classify: Callable[[BaseException], Verdict | None] | None = None,
     ) -> Lease:
         """A lease for a `with` or `async with` block.
@@ -174,16 +200,19 @@ class KeyManager:
             model: the model that will be called; it decides which limits count.
             tokens: the tokens to reserve.
             max_wait: seconds to wait for a key; the manager's where it is None.
+            priority: 0 (most urgent) to 3.
+            affinity: a value (str, bytes, number, UUID) whose requests should go to the same account.
             classify: gives the verdict of an exception, or None to leave it to the table.
 
         Entering it raises Exhausted, NoKeys, RequestTooLarge or BrokerUnavailable.
         """
         if max_wait is not None:
             check_number("max_wait", max_wait, 0, math.inf)
-        return Lease(self._worker, self._backend, self.request(model, tokens, max_wait), classify=classify)
+        request = self.request(model, tokens, max_wait, priority, affinity)
+        return Lease(self._worker, self._backend, request, classify=classify)
 
     def _status(self) -> Steps:
-        from stable_openai._status import Status, key_states
+        from stable_openai._status import Status, key_states, line_states
 
         worker = self._worker
         if not worker.keys:
@@ -195,10 +224,11 @@ class KeyManager:
             seen.append((yield from worker.inspect_registration(to)))
         _, snapshot = seen[0]
         keys = key_states(worker, seen)
-        return Status(self.pool, self._kind, snapshot.breaker, snapshot.breaker_ms / 1000, keys)
+        line = line_states(worker, seen)
+        return Status(self.pool, self._kind, snapshot.breaker, snapshot.breaker_ms / 1000, keys, line)
 
     def status(self) -> Status:
-        """A snapshot of the pool: each key's state, why, for how long, and what is used of its limits."""
+        """A snapshot of the pool: each key's state, why, for how long, what is used of its limits; and who waits."""
         status: Status = self._do(self._status())
         return status
 
@@ -229,13 +259,14 @@ class KeyManager:
         made = key if isinstance(key, Key) else Key(key)
         with self._mutex:
             self._worker.hold(as_keys([*self._worker.keys.values(), made]))
-        self._worker.line.wake()
+        self._worker.nudge()
 
     def remove(self, key: str | Key) -> None:
         """Hold a key no longer, in this worker; its live leases settle as usual."""
         gone = self._find(key)
         with self._mutex:
             self._worker.hold([mine for mine in self._worker.keys.values() if mine is not gone])
+        self._worker.nudge()
 
     async def aadd(self, key: str | Key) -> None:
         """The same as add()."""

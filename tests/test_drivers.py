@@ -33,6 +33,11 @@ async def until(true: Callable[[], object]) -> None:
         await asyncio.sleep(0)
 
 
+def waiting(manager: KeyManager) -> int:
+    """The calls that wait in this process."""
+    return sum(map(len, tuple(manager._worker.lines.values())))
+
+
 class Recorder:
     """A backend that notes what it is asked, and what it answers."""
 
@@ -43,7 +48,7 @@ class Recorder:
 
     def note(self, op: Any, reply: Any) -> Any:
         if isinstance(op, Acquire):
-            self.story += ["granted" if isinstance(answer, Granted) else "refused" for answer in reply]
+            self.story += ["granted" if isinstance(answer, Granted) else "refused" for answer in reply.answers]
         elif isinstance(op, Settle):
             self.story += [f"{closing.outcome} {closing.tokens}" for closing in op.closings]
         return reply
@@ -310,11 +315,12 @@ def test_a_cancelled_waiter_leaves_nothing_behind(one_slot: KeyManager) -> None:
     async def main() -> None:
         async with one_slot.lease():
             waiter = asyncio.ensure_future(one_slot.lease().__aenter__())
-            await until(lambda: one_slot._worker.line._wakers)
+            await until(lambda: waiting(one_slot))
             waiter.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiter
-            assert not one_slot._worker.line._wakers
+            assert not waiting(one_slot)
+            assert not (await one_slot.astatus()).line
         async with one_slot.lease(max_wait=0):
             pass
 
@@ -369,7 +375,7 @@ def test_a_freed_slot_wakes_a_waiter_at_once(one_slot: KeyManager) -> None:
 
     thread = threading.Thread(target=wait)
     thread.start()
-    while not one_slot._worker.line._wakers:
+    while not waiting(one_slot):
         time.sleep(0.001)
     held.__exit__(None, None, None)
     thread.join()
@@ -543,7 +549,7 @@ def test_a_refund_is_not_taken_from_another_leases_window() -> None:
     backend.run(Register(to, "epoch", {}))
 
     def acquire(id: str) -> Any:
-        return backend.run(Acquire(to, 600_000, (Ask(id, 0, "m"),)))[0]
+        return backend.run(Acquire(to, 600_000, (Ask(id, 0, "m"),))).answers[0]
 
     assert isinstance(acquire("w:1"), Granted)
     clock[0] += 61_000

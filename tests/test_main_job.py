@@ -28,8 +28,8 @@ def test_all_that_the_limits_allow_is_granted_and_nothing_more(rule: str, redis_
     with FakeProcess(keys=keys, limits=Limit(rpm=RPM, rule=rule)) as fake:  # type: ignore[arg-type]
         capacity = KEYS * (RPM - 1 if rule == "bucket" else RPM)  # a bucket leaves out one for the headroom
         calls = capacity // 16
-        job = {"redis": redis_url, "base_url": fake.url, "keys": list(keys), "rpm": RPM, "rule": rule, "threads": 8}
-        job |= {"seconds": 60, "calls": calls, "pool": f"test-{rule}"}
+        job = {"redis": redis_url, "base_url": fake.url, "keys": list(keys), "threads": 8}
+        job |= {"limits": {"rpm": RPM, "rule": rule}, "seconds": 60, "calls": calls, "pool": f"test-{rule}"}
         stop = threading.Event()
 
         def flush() -> None:

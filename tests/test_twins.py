@@ -11,6 +11,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import redis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -28,6 +29,7 @@ from stable_openai._ops import (
     Admin,
     Ask,
     Closing,
+    Demand,
     Granted,
     Inspect,
     Member,
@@ -49,6 +51,18 @@ VERBS = st.sampled_from(["disable", "disable", "enable", "reset"])
 STEPS = st.sampled_from([1, 100, 250, 999, 1000, 5000, 30_000, 60_000, 61_000, 900_000, 3_600_000, 90_000_000])
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking takes minutes: add Phase.shrink to study a failure
 EXAMPLES = int(os.environ.get("STABLE_OPENAI_EXAMPLES", "60"))
+
+
+def demands() -> st.SearchStrategy[Demand]:
+    """What a worker's line wants, beyond what it asks for."""
+    return st.builds(
+        Demand,
+        claim=st.sampled_from(["w1", "w2", "w3"]),
+        bands=st.tuples(*[st.sampled_from([0, 0, 1, 7])] * 4),
+        smallest=st.sampled_from([0, 1, 40, 99]),
+        patience_ms=st.sampled_from([-1, 0, 1000, 60_000]),
+        hops=st.sampled_from([-1, -1, 0, 2]),
+    )
 
 
 @dataclass(eq=False)
@@ -136,10 +150,12 @@ class Twins(RuleBasedStateMachine):
         ]
         self.to = Registration(self.pool, "gpt", [quota(self.limits, 0.25)], self.members)
         self.register()
+        self.wakes = redis.Redis.from_url(self.url, decode_responses=True)
 
     def teardown(self) -> None:
         if hasattr(self, "redis"):
             self.redis.close()
+            self.wakes.close()
 
     def both(self, op: Any) -> Any:
         in_redis = self.redis.run(op)
@@ -165,26 +181,43 @@ class Twins(RuleBasedStateMachine):
         repeat=st.booleans(),
         avoid=st.integers(0, 3),
         wanted=st.integers(0, 3),
+        ranks=st.lists(st.sampled_from([0, 1, 1, 3]), min_size=4, max_size=4).map(sorted),
+        demand=st.one_of(st.none(), demands()),
+        large=st.booleans(),
     )
-    def acquire(self, asks: list[tuple[int, bool]], model: str, repeat: bool, avoid: int, wanted: int) -> None:
+    def acquire(
+        self,
+        asks: list[tuple[int, bool]],
+        model: str,
+        repeat: bool,
+        avoid: int,
+        wanted: int,
+        ranks: list[int],
+        demand: Demand | None,
+        large: bool,
+    ) -> None:
         names = [member.account for member in self.members]
         made = []
-        for tokens, steered in asks:
+        for (tokens, steered), rank in zip(asks, ranks):
             self.number += 1
+            rank += 4 * (large and not made)
             around = (tuple(names[:avoid]), tuple(names[-wanted:] if wanted else ()), ()) if steered else ((), (), ())
             if steered and avoid == 3:
                 around = ((), *around[1:2], around[0])
-            made.append(Ask(f"w:{self.number}", tokens, model, *around))
+            made.append(Ask(f"w:{self.number}", tokens, model, *around, rank))
         if repeat and self.held:
             made.append(self.held[-1].ask)
-        op = Acquire(self.to, TTL, tuple(made))
-        answers = self.both(op)
-        if isinstance(answers, NotRegistered):
+        if demand is not None:
+            bands = [sum(ask.rank % 4 == band for ask in made) for band in range(4)]
+            demand = demand._replace(bands=tuple(map(sum, zip(bands, demand.bands))))
+        op = Acquire(self.to, TTL, tuple(made), demand)
+        reply = self.both(op)
+        if isinstance(reply, NotRegistered):
             self.register()
-            answers = self.both(op)
-        if isinstance(answers, NotRegistered):
+            reply = self.both(op)
+        if isinstance(reply, NotRegistered):
             return
-        for ask, answer in zip(made, answers):
+        for ask, answer in zip(made, reply.answers):
             if isinstance(answer, Granted) and all(held.ask.id != ask.id for held in self.held):
                 self.take(ask, answer)
             elif isinstance(answer, Refused):
@@ -209,20 +242,24 @@ class Twins(RuleBasedStateMachine):
             self.number += 1
             return self.both(Acquire(self.to, TTL, (Ask(f"w:{self.number}", tokens, "gpt"),)))
 
-        answer = ask()
-        if isinstance(answer, NotRegistered) or not isinstance(answer[0], Refused) or not answer[0].exact:
-            if isinstance(answer, list) and isinstance(answer[0], Granted):
-                self.take(Ask(f"w:{self.number}", tokens, "gpt"), answer[0])
+        reply = ask()
+        if isinstance(reply, NotRegistered):
             return
-        if answer[0].wait_ms > 6 * 86_400_000 or self.went_back:
+        answer = reply.answers[0]
+        if not isinstance(answer, Refused) or not answer.exact:
+            if isinstance(answer, Granted):
+                self.take(Ask(f"w:{self.number}", tokens, "gpt"), answer)
             return
-        self.now += answer[0].wait_ms - 1
-        if answer[0].wait_ms > 1:
-            assert isinstance(ask()[0], Refused)
+        if answer.wait_ms > 6 * 86_400_000 or self.went_back or answer.reason == "held":
+            return
+        self.now += answer.wait_ms - 1
+        if answer.wait_ms > 1:
+            assert isinstance(ask().answers[0], Refused)
         self.now += 1
-        again = ask()
-        assert isinstance(again[0], Granted), again
-        self.take(Ask(f"w:{self.number}", tokens, "gpt"), again[0])
+        again = ask().answers[0]
+        assert isinstance(again, Granted) or self.both(Inspect(self.to, TTL)).line, again
+        if isinstance(again, Granted):
+            self.take(Ask(f"w:{self.number}", tokens, "gpt"), again)
 
     def take(self, ask: Ask, granted: Granted) -> None:
         charge = Charge(self.now, granted.account, ask.tokens)
@@ -265,6 +302,16 @@ class Twins(RuleBasedStateMachine):
                 held.charge.tokens = closing.tokens
         if repeat:
             assert [reply.code for reply in self.both(Settle(self.to, TTL, tuple(closings)))] == [2] * len(closings)
+
+    @rule(demand=demands())
+    def leave_the_line(self, demand: Demand) -> None:
+        self.both(Acquire(self.to, TTL, (), demand._replace(bands=(0, 0, 0, 0))))
+
+    @rule()
+    def pop_a_wake(self) -> None:
+        popped = self.wakes.lpop(self.to.keys[5])
+        known = self.memory._pool and self.memory._pool.classes.get("gpt")
+        assert popped == (str(known.wakes.pop(0)) if known and known.wakes else None)
 
     @rule(id=st.integers(1, 50))
     def settle_before_acquire(self, id: int) -> None:
@@ -315,6 +362,8 @@ class Twins(RuleBasedStateMachine):
     def agree(self) -> None:
         if hasattr(self, "to"):
             self.both(Inspect(self.to, TTL))
+            known = self.memory._pool and self.memory._pool.classes.get("gpt")
+            assert self.wakes.lrange(self.to.keys[5], 0, -1) == [str(hops) for hops in (known.wakes if known else ())]
 
     @invariant()
     def never_over(self) -> None:

@@ -54,12 +54,12 @@ class Clock:
     def advance(self, seconds: float) -> None:
         self.ms += round(seconds * 1000)
 
-    def sleep(self, worker: object, effect: Any) -> None:
+    def pause(self, backend: object, effect: Any) -> None:
         self.slept.append(effect.seconds)
         self.ms += math.ceil(round(effect.seconds * 1000, 6))
 
-    async def asleep(self, worker: object, effect: Any) -> None:
-        self.sleep(worker, effect)
+    async def apause(self, backend: object, effect: Any) -> None:
+        self.pause(backend, effect)
 
 
 class Asker:
@@ -187,9 +187,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(heartbeat, "watch", lambda worker: None)
     for module in ("_drive", "_decorator", "_lease"):
         monkeypatch.setattr(f"stable_openai.{module}.monotonic", clock.monotonic)
-    monkeypatch.setattr("stable_openai._drive.sleep", clock.sleep)
-    monkeypatch.setattr("stable_openai._drive.asleep", clock.asleep)
+    monkeypatch.setattr("stable_openai._drive.pause", clock.pause)
+    monkeypatch.setattr("stable_openai._drive.apause", clock.apause)
     monkeypatch.setattr("stable_openai._worker.random.random", lambda: 0.0)  # the jitter of cooldowns
+    monkeypatch.setattr("stable_openai._line.REPORT_AFTER_S", 1e9)  # a wait is one sleep
     return clock
 
 
@@ -1342,7 +1343,8 @@ def test_a_generator_that_is_closed_says_nothing_of_its_key(world: World) -> Non
 
 def test_a_call_whose_driver_is_dropped_gives_its_lease_back(world: World) -> None:
     manager = world.manager(1)
-    flow = call(manager._worker, manager.request(MODEL), Policy(stop_never, wait_none()), 0.0, lambda: (None, None))
+    policy = Policy(stop_never, wait_none())
+    flow = call(manager._worker, manager.request(MODEL), policy, None, 0.0, lambda: (None, None))
     effect = next(flow)
     while not isinstance(effect, Attempt):
         effect = flow.send((0.0, manager._backend.run(effect)))

@@ -14,11 +14,14 @@ from typing import Any
 
 from stable_openai._limits import METERS, Quota
 from stable_openai._ops import (
+    LARGE,
     AccountRow,
     Acquire,
+    Acquired,
     Admin,
     Answer,
     Ask,
+    ClaimRow,
     Closing,
     Gone,
     Granted,
@@ -35,6 +38,7 @@ from stable_openai._ops import (
     Snapshot,
     TooLarge,
 )
+from stable_openai.backends.line import Line, Slot, valid
 from stable_openai.backends.meters import POLL, Bucket, Calendar, make_meter
 from stable_openai.backends.scopes import KeyScope, conclude
 from stable_openai.backends.state import (
@@ -59,12 +63,15 @@ class MemoryBackend:
 
     Args:
         clock: the time in ms since 1970; tests hand in their own.
+
+    `on_wake` is called with a class of models when something was freed that somebody waits for.
     """
 
     local = True
 
     def __init__(self, clock: Callable[[], int] | None = None) -> None:
         self._clock = clock or (lambda: time.time_ns() // 1_000_000)
+        self.on_wake: Callable[[str], object] | None = None
         self._mutex = threading.Lock()
         self._pool: Pool | None = None
         self._verbs: dict[type, Callable[[Any], Any]] = {
@@ -80,10 +87,19 @@ class MemoryBackend:
         with self._mutex:
             if self._pool is not None:
                 self._pool.tick(self._clock())
-            return self._verbs[type(op)](op)
+            reply = self._verbs[type(op)](op)
+            woken = self._pool.take_wakes() if self._pool is not None and self.on_wake else ()
+        for name in woken:
+            self.on_wake(name)  # type: ignore[misc]
+        return reply
 
     async def arun(self, op: Any) -> Any:
         return self.run(op)
+
+    def listen(self, to: Any) -> None:
+        """There is nothing to listen for: see `on_wake`."""
+
+    alisten = listen
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -119,6 +135,7 @@ class MemoryBackend:
                 ring.index.put(name, 0)
         if moved:
             pool.revision += 1
+            pool.wake(known)
         ring.seen = pool.revision
         return Registered(pool.epoch, moved)
 
@@ -173,8 +190,9 @@ class MemoryBackend:
                     meter.charge(tokens, pool.now)
         return account
 
-    def _earliest(self, known: ModelClass, account: Account, tokens: int) -> tuple[int, str, bool]:
-        """When the meters admit a request of so many tokens, what stands in the way, and whether that has no time."""
+    def _earliest(self, known: ModelClass, account: Account, tokens: int, count: int = 1) -> tuple[int, str, bool]:
+        """When the meters admit a request of so many tokens (the last of `count`), what stands in the way, and whether
+        that has no time."""
         now = self._pool.now  # type: ignore[union-attr]
         at, why, loose = now, "", False
         quota = account.quota
@@ -188,7 +206,7 @@ class MemoryBackend:
                 n, held = (1, 0) if number < 2 else (tokens, account.held if quota[1] else 0)
                 if n > meter.limit:
                     return NEVER, METERS[number], False
-                time = meter.ready(n, held, at)
+                time = meter.ready(n, held, at, count)
                 if time is None:
                     if not loose:
                         at, why, loose = max(at, now + POLL), METERS[number], True
@@ -197,7 +215,7 @@ class MemoryBackend:
                 calendar = calendar or type(meter) is Calendar
             if at == before or not calendar:
                 break
-        if quota[0] and account.live >= quota[0]:
+        if quota[0] and account.live + count > quota[0]:
             # Look again when a lease may expire: its holder may be gone.
             again = min(now + POLL, max(now + 1, NEVER if known.due is None else known.due))
             if at < again:
@@ -205,7 +223,7 @@ class MemoryBackend:
             loose = True
         return at, why, loose
 
-    def _acquire(self, op: Acquire) -> NotRegistered | list[Answer]:
+    def _acquire(self, op: Acquire) -> NotRegistered | Acquired:
         pool, to = self._pool, op.to
         known = pool.classes.get(to.model_class) if pool else None
         ring = known.rings.get(to.ring) if known else None
@@ -217,14 +235,27 @@ class MemoryBackend:
             ring.index.zero()
             ring.seen = pool.revision
         pool.stale_days = False
-        answers = [self._serve(pool, known, ring, ask, op.ttl_ms) for ask in op.asks]
-        return NotRegistered() if pool.stale_days else answers
+        asking = Asking(self, pool, known, ring, op)
+        answers = [asking.answer(ask) for ask in op.asks]
+        in_time = asking.end()
+        return NotRegistered() if pool.stale_days else Acquired(pool.now, *in_time, answers)
 
-    def _judge(
-        self, pool: Pool, known: ModelClass, member: Member, tokens: int, model: str
+    def judge(
+        self,
+        pool: Pool,
+        known: ModelClass,
+        member: Member,
+        tokens: int,
+        model: str,
+        count: int = 1,
+        held_until: int = 0,
     ) -> tuple[int, str, bool, str]:
+        """When an account can serve a request (the last of `count`), what stands in the way, whether that is loose,
+        and its key."""
         account = known.look(member.account, pool)
-        at, why, loose = self._earliest(known, account, tokens)
+        at, why, loose = self._earliest(known, account, tokens, count)
+        if held_until > at:
+            at, why = held_until, "held"
         if pool.accounts:
             out = pool.accounts.get(member.account)
             if out:
@@ -238,53 +269,11 @@ class MemoryBackend:
             at, why = open_at, key_why
         return at, why, loose or key_loose, key
 
-    def _serve(self, pool: Pool, known: ModelClass, ring: Ring, ask: Ask, ttl: int) -> Answer:
-        lease = known.leases.get(ask.id)
-        if lease:
-            return Granted(ask.id, lease.key, lease.account) if lease.state == LIVE else Gone()
-        now = pool.now
-        if pool.breaker:
-            open_at = pool.opens(pool.breaker)
-            if open_at is None:
-                return Refused(POLL, pool.breaker.reason, False, False)
-            if open_at > now:
-                return Refused(open_at - now, pool.breaker.reason, False, True)
-        best, why, loose, bounded, last = NEVER, "", False, False, 0.0
-        first_try = True
-        candidates = [(score, name) for name in ask.wanted if (score := ring.index.scores.get(name)) is not None]
-        candidates += ring.index.order[:EXAMINED]
-        for avoided in (False, True) if ask.avoid else (False,):
-            for at, account_name in candidates:
-                if at > now and at >= best:
-                    bounded = True
-                    break
-                last = max(last, at)
-                if (account_name in ask.avoid) != avoided or account_name in ask.never:
-                    continue
-                member = ring.members[account_name]
-                time, reason, vague, key = self._judge(pool, known, member, ask.tokens, ask.model)
-                if time <= now:
-                    return self._grant(pool, known, ring, ask, member, key, at, ttl)
-                if time < best or first_try:
-                    best, why, loose, first_try = time, reason, vague, False
-                small = self._judge(pool, known, member, 0, "")[0]
-                if small > now:
-                    ring.index.put(account_name, small)
-                elif len(ring.index.order) >= EXAMINED:
-                    ring.index.put(account_name, self._back(pool, known.look(account_name, pool), member.weight))
-            else:
-                bounded = bounded or len(ring.index.order) < EXAMINED
-        if not bounded:
-            return Refused(math.floor(max(0, min(best, last) - now)), why, False, True)
-        if best == NEVER:
-            return TooLarge(why)
-        return Refused(best - now, why, not loose, not loose)
-
     @staticmethod
-    def _back(pool: Pool, account: Account, weight: int) -> float:
-        return pool.now - 1 + account.turn // weight % 1000 / 1000
+    def back(pool: Pool, account: Account, weight: int) -> float:
+        return pool.now + account.turn // weight % 1000 / 1000
 
-    def _grant(
+    def grant(
         self, pool: Pool, known: ModelClass, ring: Ring, ask: Ask, member: Member, key: str, before: float, ttl: int
     ) -> Granted:
         name, now = member.account, pool.now
@@ -306,8 +295,8 @@ class MemoryBackend:
         at = self._earliest(known, account, 0)[0]
         if at > now:
             ring.index.put(name, at)
-        elif before > now or account.turn % member.weight == 0:
-            ring.index.put(name, self._back(pool, account, member.weight))
+        elif before >= now + 1 or account.turn % member.weight == 0:
+            ring.index.put(name, self.back(pool, account, member.weight))
         return Granted(ask.id, key, name)
 
     def _settle(self, op: Settle) -> list[Settled]:
@@ -319,7 +308,13 @@ class MemoryBackend:
         ring = known.rings.get(to.ring)
         index = ring.index if ring else Index()
         key_count = len(to.fingerprints)
-        return [self._close_lease(pool, known, index, key_count, closing, op.ttl_ms) for closing in op.closings]
+        pool.freed, pool.healed = 0, False
+        settled = [self._close_lease(pool, known, index, key_count, closing, op.ttl_ms) for closing in op.closings]
+        if pool.healed:
+            pool.wake(known)
+        elif pool.freed:
+            pool.wake(known, pool.freed)
+        return settled
 
     def _close_lease(
         self, pool: Pool, known: ModelClass, index: Index, key_count: int, closing: Closing, ttl: int
@@ -360,6 +355,7 @@ class MemoryBackend:
             elif number > 1 and tokens is not None and tokens > lease.tokens:
                 meter.amend(tokens - lease.tokens, lease.granted, pool.now)
         if sooner:
+            pool.freed += 1
             at = self._earliest(known, account, 0)[0]
             at = 0 if at <= pool.now else at
             if at < index.scores.get(lease.account, -1):
@@ -421,7 +417,12 @@ class MemoryBackend:
             else:
                 disabled = -1 if scope.disabled == -1 else left(scope.disabled)
                 keys[key] = KeyRow(left(scope.until), scope.reason, scope.failures, disabled)
-        return Snapshot(breaker.reason if breaker else "", left(breaker.until) if breaker else 0, accounts, keys)
+        claims = valid(known.claims, now) if known else []
+        line = [
+            ClaimRow(claim.id, left(claim.told), claim.reason, tuple(claim.waiting))  # type: ignore[arg-type]
+            for claim in claims
+        ]
+        return Snapshot(breaker.reason if breaker else "", left(breaker.until) if breaker else 0, line, accounts, keys)
 
     def _admin(self, op: Admin) -> bool:
         pool = self._pool
@@ -438,5 +439,199 @@ class MemoryBackend:
                 account = known.accounts.get(op.account) if known else None
                 if account:
                     account.cooldown = account.refusals = account.since = 0
+            for name in op.classes:
+                if name in pool.classes:
+                    pool.wake(pool.classes[name])
         pool.revision += 1
         return True
+
+
+class Asking:
+    """One acquire: what answer(), serve() and line_of() of lua/acquire.lua and lua/choose.lua share."""
+
+    def __init__(self, backend: MemoryBackend, pool: Pool, known: ModelClass, ring: Ring, op: Acquire) -> None:
+        self.backend, self.pool, self.known, self.ring, self.op = backend, pool, known, ring, op
+        self.smaller: dict[tuple[str, tuple[str, ...]], tuple[int, Refused]] = {}
+        self.wait: int | None = None
+        self.reason, self.vague = "", False
+        self.line: Line | None = None
+        if known.claims or (len(op.asks) > 1 and op.demand):
+            self.line = self._line_of()
+
+    def _line_of(self) -> Line:
+        op = self.op
+        size = min(EXAMINED, len(self.ring.index.order))
+        keeps = bool(op.asks) and op.asks[0].rank >= LARGE
+        return Line(self.known.claims, op.demand, self.ring_name, self.pool.now, self._slot, self._room, size, keeps)
+
+    @property
+    def ring_name(self) -> str:
+        return self.op.to.ring
+
+    def _slot(self, count: int, tokens: int, model: str) -> Slot:
+        """When so many requests of a size can be served, whichever accounts serve them."""
+        order = self.ring.index.order
+        size = min(EXAMINED, len(order))
+        found: list[Member] = []
+        best: Slot = NEVER, "", False, ""
+        least, unknown = NEVER + 1, NEVER
+        for _, name in order[:size]:
+            member = self.ring.members[name]
+            at, why, loose, _ = self._judge(member, tokens, model)
+            as_good_as = at
+            if loose and why == "disabled":
+                as_good_as = NEVER - 1
+            elif loose:
+                unknown = min(unknown, at)
+            elif at < NEVER:
+                found.append(member)
+            if as_good_as < least:
+                best, least = (at, why, loose, name), as_good_as
+        count = math.ceil(count * size / len(order))
+        if count == 1 or not found:
+            return best
+        parts = 1 if len(found) == 1 else 2 * len(found)
+        rows = [[NEVER, n, 0, math.ceil(count / parts)] for n in range(len(found))]
+        looked = rows
+        while True:
+            for row in looked:
+                at, _, loose, _ = self._judge(found[row[1]], tokens, model, row[2] + row[3])
+                while loose and row[3] > 1:
+                    row[3] = math.ceil(row[3] / 2)
+                    at, _, loose, _ = self._judge(found[row[1]], tokens, model, row[2] + row[3])
+                if loose:
+                    at, unknown = NEVER, min(unknown, at)
+                row[0] = at
+            row = min(rows)
+            if row[0] == NEVER or unknown < row[0]:
+                return unknown, best[1], True, best[3]
+            if row[3] == count:
+                return row[0], best[1], False, best[3]
+            if row[3] < count:
+                count, row[2] = count - row[3], row[2] + row[3]
+                row[3] = math.ceil(count / parts)
+            else:
+                row[3] = count
+            looked = [row]
+
+    def _room(self, most: int, tokens: int, model: str) -> int:
+        """How many requests of a size can be served now; so many, where it is more."""
+        order = self.ring.index.order
+        size = min(EXAMINED, len(order))
+        left = asked = math.ceil(most * size / len(order))
+        for _, name in order[:size]:
+            low, high, middle = 0, left + 1, left
+            while high - low > 1:
+                if self._judge(self.ring.members[name], tokens, model, middle)[0] <= self.pool.now:
+                    low = middle
+                else:
+                    high = middle
+                middle = (low + high) // 2
+            left -= low
+            if left == 0:
+                break
+        return math.floor((asked - left) * len(order) / size)
+
+    def _judge(
+        self, member: Member, tokens: int, model: str, count: int = 1, holding: str = ""
+    ) -> tuple[int, str, bool, str]:
+        held = self.line.holds.get(member.account, 0) if self.line and member.account != holding else 0
+        return self.backend.judge(self.pool, self.known, member, tokens, model, count, held)
+
+    def answer(self, ask: Ask) -> Answer:
+        """Not before its turn; nor where one that is no larger has just been refused."""
+        lease, band = self.known.leases.get(ask.id), ask.rank % LARGE
+        if lease and lease.state != LIVE:
+            return Gone()
+        if lease:
+            if self.line:
+                self.line.served(band, ask.tokens, ask.model)
+            return Granted(ask.id, lease.key, lease.account)
+        known = self.smaller.get((ask.model, ask.never))
+        if known and ask.tokens >= known[0]:
+            return known[1]
+        refusal: Refused | None = None
+        for_it = self.line is not None and ask.rank >= LARGE and self.line.mine.held != ""
+        if self.line and not for_it and self.line.waits(band, ask.tokens, ask.model):
+            refusal = self._later(band, 0 if ask.rank >= LARGE else ask.tokens, ask.model)
+            if refusal:
+                refusal = refusal._replace(wait_ms=self.line.looks_again(refusal.wait_ms))
+        if refusal is None:
+            large = ask.rank >= LARGE
+            answer = self._serve(ask, self.line.mine.held if large and self.line else "")
+            if isinstance(answer, Granted) and self.line:
+                self.line.served(band, ask.tokens, ask.model)
+                if large and self.line.mine.held == answer.account:
+                    self.line.let_go()
+            if not isinstance(answer, Refused):
+                return answer
+            self.line = self.line or (self._line_of() if self.op.demand else None)
+            if large and self.line:
+                self.line.hold(answer.account, answer.wait_ms, ask.tokens)
+            holds = large and self.line is not None and self.line.mine.held == answer.account
+            later = None if holds else self._later(band, ask.tokens, ask.model)
+            refusal = later if later and later.wait_ms > answer.wait_ms else answer
+        self.smaller[ask.model, ask.never] = (ask.tokens, refusal)
+        if self.wait is None or refusal.wait_ms < self.wait:
+            self.wait, self.reason, self.vague = refusal.wait_ms, refusal.reason, not refusal.timed
+        return refusal
+
+    def _later(self, band: int, tokens: int, model: str) -> Refused | None:
+        found = self.line.later(band, tokens, model) if self.line else None
+        if found is None:
+            return None
+        ms, why, loose, account = found
+        return Refused(ms, why or "line", False, not loose, account)
+
+    def end(self) -> tuple[int, int]:
+        """How many of the line can be served in time, and when the last of them."""
+        if self.line is None:
+            return -1, -1
+        model = self.op.asks[0].model if self.op.asks else ""
+        known = self.known
+        known.claims, *in_time = self.line.save(known.wakes, self.wait, self.reason, self.vague, model)
+        return in_time[0], in_time[1]
+
+    def _serve(self, ask: Ask, holding: str) -> Answer:
+        pool, ring = self.pool, self.ring
+        now = pool.now
+        if pool.breaker:
+            open_at = pool.opens(pool.breaker)
+            if open_at is None:
+                return Refused(POLL, pool.breaker.reason, False, False)
+            if open_at > now:
+                return Refused(open_at - now, pool.breaker.reason, False, True)
+        best, why, loose, whose, bounded, last = NEVER, "", False, "", False, 0.0
+        first_try = True
+        ahead = [(score, name) for name in ask.wanted if (score := ring.index.scores.get(name)) is not None]
+        candidates = ahead + ring.index.order[:EXAMINED]
+        for avoided in (False, True) if ask.avoid else (False,):
+            for n, (at, name) in enumerate(candidates):
+                if n >= len(ahead) and at >= now + 1 and at >= best:
+                    bounded = True
+                    break
+                last = max(last, at)
+                if (name in ask.avoid) != avoided or name in ask.never:
+                    continue
+                member = ring.members[name]
+                time, reason, vague, key = self._judge(member, ask.tokens, ask.model, 1, holding)
+                if time <= now:
+                    return self.backend.grant(pool, self.known, ring, ask, member, key, at, self.op.ttl_ms)
+                if vague and reason == "disabled":  # somebody has to enable it
+                    time = NEVER - 1
+                if time < best or first_try:
+                    best, why, loose, whose, first_try = time, reason, vague, name, False
+                small = self._judge(member, 0, "", 1, name)[0]  # a hold may end at any time
+                if small > now:
+                    ring.index.put(name, small)
+                elif len(ring.index.order) >= EXAMINED:
+                    ring.index.put(name, self.backend.back(pool, self.known.look(name, pool), member.weight))
+            else:
+                bounded = bounded or len(ring.index.order) < EXAMINED
+        if not bounded:
+            return Refused(math.floor(max(0, min(best, last) - now)), why, False, True, whose)
+        if best == NEVER:
+            return TooLarge(why)
+        if best == NEVER - 1:
+            best = now + POLL
+        return Refused(best - now, why, not loose, not loose, whose)

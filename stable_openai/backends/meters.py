@@ -2,7 +2,7 @@
 
 A meter is made for one account from four numbers of its quota (see `_limits.quota`). All times are milliseconds
 since the pool's base. `ready` says when the meter admits `n` more beside what is `held`: a time (0: at once), or
-None where that has no time.
+None where that has no time; with a `count`, when it admits the last of so many.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ __all__ = ["POLL", "Bucket", "Calendar", "Meter", "Sliding", "make_meter"]
 
 POLL = 5000
 LOG = 100
+DAY = 86_400_000
 Window = Callable[[int], tuple[int, int] | None]
 
 
@@ -30,12 +31,13 @@ class Bucket:
         self.level: float = capacity
         self.at = now
 
-    def ready(self, n: int, held: int, at: int) -> int | None:
+    def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
         need = n + held
         if need > self.capacity:
             if held > 0:
                 return None
             need = self.capacity
+        need += (count - 1) * min(n, self.capacity)
         if self.level >= need:
             return 0
         return self.at + math.ceil((need - self.level) / self.rate)
@@ -60,17 +62,23 @@ class Bucket:
 class Sliding:
     """An exact log up to 100 entries; beyond that an entry's time is the end of its slot."""
 
-    __slots__ = ("entries", "limit", "period", "slot", "sum")
+    __slots__ = ("entries", "limit", "period", "pool", "slot", "sum")
 
-    def __init__(self, limit: int, period: int, slot: int, now: int) -> None:
-        self.limit, self.period, self.slot = limit, period, slot
+    def __init__(self, limit: int, period: int, slot: int, pool: Any) -> None:
+        self.limit, self.period, self.slot, self.pool = limit, period, slot, pool
         self.sum = 0
         self.entries: list[list[int]] = []
 
-    def ready(self, n: int, held: int, at: int) -> int | None:
+    def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
         if n + held > self.limit:
             return None
-        over = self.sum + n + held - self.limit
+        if count > 1:
+            return _in_rounds(self, n * count + held, at, self.pool.now, self.period)
+        return self.room(n + held, at)
+
+    def room(self, need: int, at: int) -> int:
+        """When there is room for so much."""
+        over = self.sum + need - self.limit
         if over <= 0:
             return 0
         for time, amount in self.entries:
@@ -119,17 +127,23 @@ class Sliding:
 class Calendar:
     """Reset at the full minute, or at midnight; grants nothing so close to a boundary that it may arrive after it."""
 
-    __slots__ = ("headroom", "limit", "pool", "start", "taken", "window")
+    __slots__ = ("headroom", "limit", "period", "pool", "start", "taken", "window")
 
-    def __init__(self, limit: int, headroom: int, window: Window, pool: Any, now: int) -> None:
-        self.limit, self.headroom, self.window, self.pool = limit, headroom, window, pool
+    def __init__(self, limit: int, headroom: int, window: Window, period: int, pool: Any, now: int) -> None:
+        self.limit, self.headroom, self.window, self.period, self.pool = limit, headroom, window, period, pool
         self.taken = 0
         current = window(now)
         self.start = current[0] if current else 0
 
-    def ready(self, n: int, held: int, at: int) -> int | None:
+    def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
         if n + held > self.limit:
             return None
+        if count > 1:
+            return _in_rounds(self, n * count + held, at, self.pool.now, self.period or DAY)
+        return self.room(n + held, at)
+
+    def room(self, need: int, at: int) -> int:
+        """When there is room for so much, seen from the time `at`."""
         current = self.window(at)
         if current is None:
             pooled_now: int = self.pool.now
@@ -138,7 +152,7 @@ class Calendar:
         base: int = self.pool.base
         if at + base >= finish - self.headroom:
             return finish - base
-        if self.start < start or self.taken + n + held <= self.limit:
+        if self.start < start or self.taken + need <= self.limit:
             return 0
         return finish - base
 
@@ -159,6 +173,13 @@ class Calendar:
         return 0 if current and self.start < current[0] else self.taken
 
 
+def _in_rounds(meter: Sliding | Calendar, need: int, at: int, now: int, period: int) -> int:
+    """When there was room for what may be more than the limit: as many periods later as that is filled before."""
+    rounds = max(0, math.ceil(need / meter.limit) - 1)
+    time = meter.room(need - rounds * meter.limit, at)
+    return max(now, time) + rounds * period if rounds else time
+
+
 Meter = Bucket | Sliding | Calendar
 
 
@@ -170,5 +191,5 @@ def make_meter(quota: Quota, number: int, pool: Any) -> Meter | None:
     if rule == BUCKET:
         return Bucket(limit, first, second, pool.now)
     if rule == SLIDING:
-        return Sliding(limit, first, second, pool.now)
-    return Calendar(limit, first, pool.window(second, quota[-1]), pool, pool.now)
+        return Sliding(limit, first, second, pool)
+    return Calendar(limit, first, pool.window(second, quota[-1]), second, pool, pool.now)

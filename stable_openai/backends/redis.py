@@ -25,7 +25,8 @@ import redis.sentinel
 from redis.backoff import NoBackoff
 
 from stable_openai._loops import PerLoop
-from stable_openai._ops import Renew, decode, encode
+from stable_openai._ops import Registration, Renew, decode, encode
+from stable_openai.backends.listener import AsyncListener, Listener
 from stable_openai.errors import BrokerUnavailable, ConfigurationError
 
 __all__ = ["RedisBackend", "script"]
@@ -116,6 +117,17 @@ class RedisBackend:
             except redis.RedisError as error:
                 raise unavailable(error) from error
         raise unavailable(problem) from problem
+
+    def listen(self, to: Registration) -> Listener | None:
+        """What wakes a thread that waits for leases of a class; None where Redis cannot be reached now."""
+        try:
+            return Listener(self._client or self._connect(), to.keys[5])
+        except BrokerUnavailable:
+            return None
+
+    def alisten(self, to: Registration) -> AsyncListener:
+        """The same for the running event loop."""
+        return AsyncListener(self._clients.get(), to.keys[5])
 
     def _pauses(self, op: Any, started: float) -> Iterator[float]:
         # The heartbeat renews again soon, and others wait for it.

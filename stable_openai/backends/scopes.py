@@ -73,12 +73,13 @@ class Verdicts:
         if not scope.disabled and not scope.models:
             self.pool.keys.pop(key, None)
 
-    def _end_probe(self, closing: Closing, healed: bool) -> None:
+    def _end_probe(self, closing: Closing, well: bool) -> None:
         pool = self.pool
         for scope in (pool.breaker, pool.accounts.get(closing.account), pool.keys.get(closing.key)):
             if scope is None or scope.probe != closing.id:
                 continue
-            if not healed:
+            pool.healed = True
+            if not well:
                 scope.probe, scope.probe_until = None, 0
             elif isinstance(scope, KeyScope):
                 self._heal_key(closing.key, scope)
@@ -93,6 +94,8 @@ class Verdicts:
         if key and not key.until and key.failures:
             self._heal_key(closing.key, key)
         self.pool.auth.clear()
+        if self.pool.breaker and self.pool.breaker.until:
+            self.pool.healed = True
         self.pool.breaker = None
 
     def _neutral(self, closing: Closing, lease: Lease) -> None:
@@ -136,6 +139,7 @@ class Verdicts:
                     self._heal_key(key, scope)
             if returned:  # who returns unasked stands far behind in the index of every ring
                 pool.revision += 1
+                pool.healed = True
             self._end_probe(closing, False)
             return "fault"
         scope = pool.keys.setdefault(closing.key, KeyScope())

@@ -8,10 +8,23 @@ from collections.abc import Callable
 
 from stable_openai._limits import Quota
 from stable_openai._ops import Member
+from stable_openai.backends.line import Claim, valid, wake
 from stable_openai.backends.meters import POLL, Meter, make_meter
 from stable_openai.backends.scopes import KeyScope, Scope
 
-__all__ = ["EXAMINED", "EXPIRED", "LIVE", "NEVER", "TOMB", "Account", "Index", "Lease", "ModelClass", "Pool", "Ring"]
+__all__ = [
+    "EXAMINED",
+    "EXPIRED",
+    "LIVE",
+    "NEVER",
+    "TOMB",
+    "Account",
+    "Index",
+    "Lease",
+    "ModelClass",
+    "Pool",
+    "Ring",
+]
 
 NEVER = 2**52
 EXAMINED = 16
@@ -84,6 +97,8 @@ class ModelClass:
         self.expiry = Index()
         self.due: int | None = None
         self.served: dict[str, list[str]] = {}
+        self.claims: list[Claim] = []
+        self.wakes: list[int] = []
 
     def look(self, name: str, pool: Pool) -> Account:
         """The account; a new one, that is not kept, where nothing has been charged to it so far."""
@@ -119,6 +134,19 @@ class Pool:
         self.breaker: Scope | None = None
         self.auth: dict[str, tuple[int, str]] = {}
         self.classes: dict[str, ModelClass] = {}
+        self.freed, self.healed = 0, False  # by the settle that runs
+
+    def wake(self, known: ModelClass, count: int | None = None) -> None:
+        """Wake so many waiting workers, or all."""
+        claims = valid(known.claims, self.now)
+        wake(known.wakes, claims, len(claims) if count is None else count)
+
+    def take_wakes(self) -> list[str]:
+        """The classes of which somebody is to be woken; they are, from now on."""
+        names = [name for name, known in self.classes.items() if known.wakes]
+        for name in names:
+            self.classes[name].wakes.clear()
+        return names
 
     def tick(self, raw: int) -> None:
         now = raw - self.base
