@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import costs, load
+from benchmarks import costs, load, waking
 
-BENCHMARKS = {"costs": costs.main, "load": load.main}
+BENCHMARKS = {"costs": costs.main, "waking": waking.main, "load": load.main}
 
 
 def main() -> int:

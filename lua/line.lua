@@ -15,7 +15,7 @@
 -- held or false, held until, waiting in bands 0 to 3, turns of bands 0 to 3}. Claims of other rings are only counted
 -- for wakes and holds: what they want are other keys, for the most part.
 
-local GRACE = 1000
+local GRACE, SOON = 1000, 50
 local WAITING, TURN = 8, 12   -- of band 0
 local claims
 
@@ -168,13 +168,10 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   function line.later(b, tokens, model)
     if #others == 0 then return end
     local n, mean = ahead(b, mine[TURN + b], tokens, model, true)
-    local place = n + 1
-    local at, why, loose, account = slot(place, mean, model)
-    while at <= now and place < 1e6 do
-      place = place * 2
-      at, why, loose, account = slot(place, mean, model)
-    end
-    if place > 1 and at < NEVER then return at - now, why, loose and 2 or 0, account end
+    local at, why, loose, account = slot(n + 1, mean, model)
+    -- Who is not in line yet leaves what is free to those who are; from now on it has its turn.
+    if at <= now then return newcomer and SOON or GRACE, false, 0, account end
+    if n > 0 and at < NEVER then return at - now, why, loose and 2 or 0, account end
   end
 
   function line.served(b, tokens, model)

@@ -176,8 +176,12 @@ class Line:
             if answer is not None:
                 self._offset = now_ms - now * 1000
             if type(answer) is Refused:
-                self._claimed, self._counted = True, 1
-                self._refuse([answer], now)
+                self._claimed = True
+                if len(self):  # who joined meanwhile: the store has been told of this call only
+                    self.nudge()
+                else:
+                    self._counted = 1
+                    self._refuse([answer], now)
 
     # Joining and leaving.
 

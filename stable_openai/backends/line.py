@@ -11,7 +11,7 @@ from stable_openai.backends.meters import POLL
 
 __all__ = ["Claim", "Line", "valid", "wake"]
 
-GRACE = 1000
+GRACE, SOON = 1000, 50
 Slot = tuple[int, str, bool, str]
 
 
@@ -124,12 +124,10 @@ class Line:
         if not self.others:
             return None
         n, size = self._ahead(b, self.mine.turns[b], tokens, model, True)
-        place = n + 1
-        at, why, loose, account = self.slot(place, size, model)
-        while at <= self.now and place < 1e6:
-            place *= 2
-            at, why, loose, account = self.slot(place, size, model)
-        if place > 1 and at < 2**52:
+        at, why, loose, account = self.slot(n + 1, size, model)
+        if at <= self.now:  # who is not in line yet leaves what is free to those who are; from now on it has its turn
+            return SOON if self.newcomer else GRACE, "", False, account
+        if n > 0 and at < 2**52:
             return at - self.now, why, loose, account
         return None
 

@@ -254,10 +254,12 @@ class AsyncListener:
         if self._connection is None:
             self._server, self._connection, self._id = await _take(self._client, self._key)
         if not self._sent:
+            _heed_cancellation()
             if self._stopping:
                 return None
             self._sent = True
             await self._connection.send_command("BLPOP", self._key, 0, check_health=False)
+            _heed_cancellation()
         reply = await self._connection.read_response(timeout=float("inf"), disconnect_on_error=False)
         self._sent = False
         return _hops(reply)
@@ -286,10 +288,17 @@ class AsyncListener:
 
     def _close(self) -> None:
         connection, self._connection, self._sent = self._connection, None, False
+        self._stopping = True
         if self._popping is not None:
             self._popping.cancel()
         if connection is not None:
             connection._close()
+
+
+def _heed_cancellation() -> None:
+    """Raise what wait_for, in which redis-py sends, may swallow before Python 3.12: a runner waits until it ends."""
+    if getattr(asyncio.current_task(), "cancelling", int)():  # which Python 3.10 lacks
+        raise asyncio.CancelledError
 
 
 def _node(client: Any, key: str) -> Any:
