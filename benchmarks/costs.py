@@ -17,13 +17,14 @@ import redis
 
 from stable_openai import KeyManager, Limits, stable
 from stable_openai._limits import quota
-from stable_openai._ops import Acquire, Ask, Closing, Granted, Member, Register, Registration, Settle, encode
+from stable_openai._ops import Acquire, Ask, Closing, Demand, Granted, Member, Register, Registration, Settle, encode
 from stable_openai.backends.redis import RedisBackend
 from tests.servers import private_redis
 
 TTL_MS = 60_000
 LIVE = 100
 NO_OP = "return 1"
+ALONE = Demand("bench.1", (0, 1, 0, 0), 100, 600_000)
 ALL_FOUR = {"rpm": 500_000, "rpd": 100_000_000, "tpm": 50_000_000, "tpd": 10**10}
 
 
@@ -104,7 +105,7 @@ def verbs(backend: RedisBackend, to: Registration) -> tuple[Callable[[], None], 
         backend.run(Acquire(to, TTL_MS, (Ask(f"live:{next(numbers)}", 100, "gpt-4o"),)))
 
     def pair() -> None:
-        lease = backend.run(Acquire(to, TTL_MS, (Ask(f"bench:{next(numbers)}", 100, "gpt-4o"),)))[0]
+        lease = backend.run(Acquire(to, TTL_MS, (Ask(f"bench:{next(numbers)}", 100, "gpt-4o"),), ALONE)).answers[0]
         backend.run(Settle(to, TTL_MS, (Closing(lease.id, lease.account, lease.key, "gpt-4o", "ok", 100),)))
 
     client = backend._connect()
@@ -114,7 +115,7 @@ def verbs(backend: RedisBackend, to: Registration) -> tuple[Callable[[], None], 
     def no_op() -> None:
         lease = Granted(f"bench:{next(numbers)}", name, name)
         for op in (
-            Acquire(to, TTL_MS, (Ask(lease.id, 100, "gpt-4o"),)),
+            Acquire(to, TTL_MS, (Ask(lease.id, 100, "gpt-4o"),), ALONE),
             Settle(to, TTL_MS, (Closing(lease.id, name, name, "gpt-4o", "ok", 100),)),
         ):
             _, keys, args = encode(op, "")
@@ -150,7 +151,7 @@ def memory(url: str, rule: str, grants: int) -> float:
                 for step in range(grants):
                     clock[0] += spread
                     asks = tuple(Ask(f"m:{spread}:{step}:{key}", 200, "gpt-4o") for key in range(keys))
-                    granted = [a for a in backend.run(Acquire(to, TTL_MS, asks)) if isinstance(a, Granted)]
+                    granted = [a for a in backend.run(Acquire(to, TTL_MS, asks)).answers if isinstance(a, Granted)]
                     closings = tuple(Closing(g.id, g.account, g.key, "gpt-4o", "ok") for g in granted)
                     if closings:
                         backend.run(Settle(to, TTL_MS, closings))
@@ -173,7 +174,7 @@ def in_memory(rounds: int, pairs: int) -> None:
     numbers = itertools.count()
 
     def pair() -> None:
-        lease = backend.run(Acquire(to, TTL_MS, (Ask(f"bench:{next(numbers)}", 0, "-"),)))[0]
+        lease = backend.run(Acquire(to, TTL_MS, (Ask(f"bench:{next(numbers)}", 0, "-"),), ALONE)).answers[0]
         backend.run(Settle(to, TTL_MS, (Closing(lease.id, lease.account, lease.key, "-", "ok"),)))
 
     limiter, limit = MovingWindowRateLimiter(MemoryStorage()), RateLimitItemPerMinute(10**9)

@@ -136,8 +136,6 @@ class Work:
         self.waits: list[float] = []
         self.cpu: list[float] = []
         self.mutex = threading.Lock()
-        # The first period's grants are whoever's who came first: shares count from then on.
-        self.saturated = 5.0 if job.get("rule") == "bucket" else 61.0
 
     def begin(self) -> None:
         """Wait until all processes are there."""
@@ -154,7 +152,7 @@ class Work:
             self.waits.append(now - began)
             self.answered += right
             self.wrong += not right
-            self.in_saturation += right and self.saturated < now - self.began < self.job["seconds"]
+            self.in_saturation += right and now - self.began < self.job["seconds"]
 
     def go_on(self, count: int) -> bool:
         return time.monotonic() - self.began < self.job["seconds"] and count < self.job.get("calls", float("inf"))

@@ -1,5 +1,5 @@
 -- admin.lua: what a person decides about a key, for the whole pool.
--- USES meters, accounts, line
+-- USES meters, accounts, claims
 -- KEYS  1 pool, then every class that this worker knows, then the wakes of each
 -- ARGV  1 now in ms ('' = the server's), 2 'disable', 'enable' or 'reset', 3 key, 4 account, 5 for how long in ms
 --       ('' = until it is enabled)
@@ -28,8 +28,8 @@ end
 local meta = get(pool, 'm')
 put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision + 1) .. epoch)
 for i = 2, verb ~= 'disable' and last or 0 do
-  claims = nil
-  wake(KEYS[i + last - 1], #claims_of(KEYS[i]))
+  local claims, wake = claims_of(KEYS[i])
+  wake(KEYS[i + last - 1], #claims)
 end
 flush()
 return 1

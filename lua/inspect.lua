@@ -1,5 +1,5 @@
 -- inspect.lua: what is known of accounts and keys.
--- USES meters, accounts, line
+-- USES meters, accounts, claims
 -- KEYS  1 pool, 2 class, 3 expiry
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 how many accounts follow; accounts, then keys
 -- REPLY {breaker's reason, ms until it opens}, {for each claim of the line {its id, ms until it asks again, what stands

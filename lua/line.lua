@@ -10,32 +10,9 @@
 -- its place says; until then its worker is told when that will be, which is a time of its own for each worker.
 --   Of the others, only those that could use what is free count. A worker in line passes those of its own band that
 -- are not due so far (they come at their time); one that is not in line leaves to every valid claim what it wants.
---
--- A claim, of those in the class's field w: {id, ring, told, tokens of its smallest request, what stands in its way, account
--- held or false, held until, waiting in bands 0 to 3, turns of bands 0 to 3}. Claims of other rings are only counted
--- for wakes and holds: what they want are other keys, for the most part.
+-- Claims of other rings are only counted for wakes and holds: what they want are other keys, for the most part.
 
-local GRACE, SOON = 1000, 50
-local WAITING, TURN = 8, 12   -- of band 0
-local claims
-
-local function claims_of(class)
-  if claims then return claims end
-  claims = {}
-  local packed = get(class, 'w')
-  for _, claim in ipairs(packed and cmsgpack.unpack(packed) or {}) do
-    if claim[3] + GRACE > now then claims[#claims + 1] = claim end
-  end
-  return claims
-end
-
--- Something was freed: wake so many waiting workers, but never more than wait. A wake says how many others may still
--- use it if who gets it cannot.
-local function wake(wakes, count, hops)
-  count = math.min(count, #claims - redis.call('LLEN', wakes))
-  for _ = 1, count do redis.call('RPUSH', wakes, hops or #claims - 1) end
-  if count > 0 then redis.call('PEXPIRE', wakes, 60000) end
-end
+local SOON = 50
 
 -- For acquire: the line as the worker sees it that asks now. `list` gives the first of the ready index, how many they
 -- are and the number of all; `judge` when an account can serve; `keeps`: what it holds, it still needs.
@@ -44,7 +21,7 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   local fits, others, numbers, mine = {}, {}, {}, nil
   for number in (rest or '1 1 1 1 0 -1 -1'):gmatch('%S+') do numbers[#numbers + 1] = tonumber(number) end
   local smallest, patience, hops = numbers[5], numbers[6], numbers[7]
-  local all = claims_of(class)
+  local all, wake = claims_of(class)
   for n = #all, 1, -1 do
     if all[n][1] == id then mine = table.remove(all, n)
     else
@@ -130,6 +107,10 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
     local n, size = 0, tokens
     for _, claim in ipairs(others) do
       local before, need, count = n, claim[4], claim[WAITING + b]
+      if need > tokens and not every then
+        need = 1
+        while need < claim[4] do need = need * 2 end   -- few sizes are looked at
+      end
       if fits[need] == nil and need > tokens and not every then fits[need] = slot(1, need, model) <= now end
       if every or need <= tokens or fits[need] then
         for above = 0, b - 1 do n = n + claim[WAITING + above] end
@@ -199,6 +180,9 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
 
   function line.held() return mine[6] end
 
+  -- It will not be asked for again.
+  function line.settled(b) numbers[b + 1] = numbers[b + 1] - 1 end
+
   -- Of those that are due some may never come: who would wait for long looks again when they have lost their claims.
   function line.looks_again(ms)
     for _, claim in ipairs(others) do
@@ -208,7 +192,7 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   end
 
   function line.let_go()
-    holds[mine[6]], mine[6] = nil, false
+    holds[mine[6]], mine[6], was[6] = nil, false, false
   end
 
   -- How many of those that still wait can be served before the last of them gives up (-1: all, or it is not known),
@@ -248,12 +232,14 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
     for _, claim in ipairs(others) do due = due or claim[3] <= now end
     if newcomer and wait and not due and #others > 0 and slot(1, smallest, model) <= now then wake(wakes, 1)
     elseif hops > 0 and #all > 0 then wake(wakes, 1, hops - 1) end
-    if id and left > 0 and (not wait or loose or patience < 0 or wait <= patience) then
+    if was[6] and mine[6] ~= was[6] then wake(wakes, #others) end   -- what was held, for one that has left
+    if id and left > 0 and (not wait or loose and patience ~= 0 or patience < 0 or wait <= patience) then
       mine[3], mine[5] = now + (wait or 0), why or ''
       if left > 1 and wait and patience >= 0 then count, last = in_time(left, model) end
       all[#all + 1] = mine
     end
     put(class, 'w', #all > 0 and cmsgpack.pack(all))
+    if #all == 0 then redis.call('DEL', wakes) end   -- nobody is left to be woken
     return count, last
   end
 

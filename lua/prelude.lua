@@ -12,7 +12,7 @@
 --     auth         {[key] = {time of its 401, account}}: those since the last success
 --   stable:{pool}:class:<class>  hash
 --     m            no lease expires before this
---     w            the claims of those who wait (see line.lua); not there while nobody does
+--     w            the claims of those who wait (see claims.lua); not there while nobody does
 --     q            the quota of the accounts that have none of their own
 --     q:<account>  the quota of an account: concurrency or 0, whether tokens are charged by use, then four numbers for
 --                  each of rpm, rpd, tpm, tpd (see meters.lua); then the time zone of its days

@@ -1,5 +1,5 @@
 -- register.lua: make a worker's keys and limits known for one class; the last one to register wins.
--- USES meters, accounts, line
+-- USES meters, accounts, claims
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index, 6 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 ring, 3 an epoch (taken where the pool has none), 4 days as JSON
 --       {tz: [epoch ms, ..]}, 5 quotas as JSON [[18 numbers, time zone], ..], 6 members as JSON
@@ -78,7 +78,8 @@ if moved > 0 then
   revision = revision + 1
   local meta = get(pool, 'm')
   put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision) .. epoch)
-  wake(KEYS[6], #claims_of(class))
+  local claims, wake = claims_of(class)
+  wake(KEYS[6], #claims)
 end
 put(class, 'r:' .. ARGV[2], struct.pack('<ddd', revision, now, plain))
 finish(class)

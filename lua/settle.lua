@@ -1,5 +1,5 @@
 -- settle.lua: close leases, each exactly once, with what was used and what its outcome says of key, account and pool.
--- USES meters, accounts, line, verdicts
+-- USES meters, accounts, claims, verdicts
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ready index, 5 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 keys of the ring; then for each lease 8 more: id, account and key (as
 --       granted; only the first lease's are read, ahead), model,
@@ -77,8 +77,8 @@ for i = 4, #ARGV, 8 do
   end
 end
 if get(class, 'w') and (freed > 0 or healed) then
-  local waiting = #claims_of(class)
-  wake(KEYS[5], healed and waiting or freed)
+  local claims, wake = claims_of(class)
+  wake(KEYS[5], healed and #claims or freed)
 end
 finish(class)
 return reply

@@ -21,7 +21,7 @@ from stable_openai._obtain import Doze, Hush, Park
 from stable_openai._ops import Acquire, Closing, Granted, NotRegistered, Settle
 
 if TYPE_CHECKING:
-    from stable_openai._line import Waiter
+    from stable_openai._line import Line, Waiter
     from stable_openai._worker import Worker
 
 __all__ = ["adrive", "adrive_generator", "drive", "drive_generator"]
@@ -29,6 +29,7 @@ __all__ = ["adrive", "adrive_generator", "drive", "drive_generator"]
 log = logging.getLogger("stable_openai.waiting")
 WAITS = (Park, Doze, Sleep)
 PATIENCE_S = 1.0
+BROKEN_S = 0.1
 LISTEN_AFTER_S = 0.25  # a shorter wait is not worth a blocking pop
 
 
@@ -73,6 +74,10 @@ async def adrive(
         if cancelled:
             raise cancelled[0] from None
         return stop.value
+    except Exception as error:
+        if cancelled:
+            raise cancelled[0] from error
+        raise
     finally:
         flow.close()
 
@@ -185,6 +190,10 @@ async def adrive_generator(
                     raise cancelled[0] from None
                 result(stop.value)
                 return
+            except Exception as error:
+                if cancelled:
+                    raise cancelled[0] from error
+                raise
     finally:
         if inner is not None:
             await inner.aclose()
@@ -218,7 +227,7 @@ async def aperform(worker: Worker, backend: Any, effect: Any, cancelled: list[Ba
     if kind in WAITS:
         return await apause(backend, effect)
     if kind is Hush:
-        return await effect.listener.stop()
+        return await _stop(worker, effect.listener, cancelled)
     return backend.run(effect) if backend.local else await _arun(worker, backend, effect, cancelled)
 
 
@@ -276,8 +285,7 @@ def _doze(backend: Any, effect: Doze) -> int | None:
         hops: int | None = listener.wait(seconds)
         if not listener.broken:
             return hops
-        line.listener = None
-        listener.drop()
+        seconds = _after_break(line, seconds)
     _rest(waiter, seconds, effect.is_over)
     return None
 
@@ -291,10 +299,15 @@ async def _adoze(backend: Any, effect: Doze) -> int | None:
         hops: int | None = await listener.wait(seconds)
         if not listener.broken:
             return hops
-        line.listener = None
-        listener.drop()
+        seconds = _after_break(line, seconds)
     await _arest(waiter, seconds, effect.is_over)
     return None
+
+
+def _after_break(line: Line, seconds: float) -> float:
+    """The connection was lost, now or at once: how long to wait without it, before another one is tried."""
+    line.listener = None
+    return min(seconds, BROKEN_S)
 
 
 def _warn_on_a_loop() -> None:
@@ -324,6 +337,22 @@ async def _arun(worker: Worker, backend: Any, op: Any, cancelled: list[BaseExcep
             raise
         cancelled.append(error)
         return task.result()
+
+
+async def _stop(worker: Worker, listener: Any, cancelled: list[BaseException]) -> int | None:
+    """Stop listening, whatever happens to the caller: a pop that goes on would take what others wait for."""
+    import asyncio
+
+    task = asyncio.ensure_future(listener.stop())
+    _keep(worker, task)
+    while True:
+        try:
+            hops: int | None = await asyncio.shield(task)
+            return hops
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled[:] = [error]
 
 
 async def _finish(worker: Worker, backend: Any, op: Any, task: Awaitable[Any]) -> None:

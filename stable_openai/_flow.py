@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 from stable_openai._line import Request, Waiter
-from stable_openai._obtain import obtain
+from stable_openai._obtain import Sleep, obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, judge, redact
 from stable_openai._worker import Worker
@@ -44,10 +44,6 @@ class Attempt(NamedTuple):
 
 class Deliver(NamedTuple):
     pass
-
-
-class Sleep(NamedTuple):
-    seconds: float
 
 
 class Returned(NamedTuple):

@@ -10,7 +10,8 @@ place. A waiter rises one band for each 30 s that it waits, by the store's clock
 
 WHO IS ASKED FOR. As many from the front as the last answers suggest (8, doubling to 32 while all are granted: what is
 granted together should also be sent together, since the upstream counts when requests arrive), and behind them, up to
-the 200th, everyone who wants fewer tokens than all before: so a large request at the head stops no small one. Where it
+the 200th, everyone who wants fewer tokens than all before, and the first for each other model: so a large request at
+the head stops no small one, and a model that no key serves no other. Where it
 has not fitted for 2 s, it is asked for as LARGE, and the store holds one account for it: so the small ones do not stop
 it either. The store is told how many wait in each band, and shares between workers (lua/line.lua).
 """
@@ -77,8 +78,8 @@ class Waiter:
     """A call that waits. Its flow looks at `answer` and `leads`; whoever changes them calls `signal`."""
 
     __slots__ = (
-        "answer", "avoid", "deadline", "gate", "id", "joined", "leads", "loop", "never", "number", "request",
-        "returned", "short_since", "since", "unsure",
+        "answer", "asked", "asking", "avoid", "deadline", "gate", "id", "joined", "large", "leads", "loop", "never",
+        "number", "request", "returned", "short_since", "since", "unsure",
     )  # fmt: skip
     _numbers = count()
 
@@ -96,7 +97,9 @@ class Waiter:
             request, avoid, never, deadline, id, loop,
         )  # fmt: skip
         self.answer: Answer | Moved | Exception | None = None
-        self.leads = self.unsure = False
+        self.leads = self.large = False
+        # It asked by itself; an ask for it is on its way; what came of the last one is not known.
+        self.asked = self.asking = self.unsure = False
         self.gate: Any = None
         self.returned = before is not None
         self.number: int = before.number if before else next(self._numbers)
@@ -104,8 +107,13 @@ class Waiter:
         self.since: float | None = before.since if before else None
         self.short_since: float | None = None
 
+    @property
+    def shape(self) -> tuple[str, tuple[str, ...]]:
+        """Where one of a shape is refused, so is another that is no smaller."""
+        return self.request.model, self.never
+
     def ask(self, band: int, large: bool = False) -> Ask:
-        request = self.request
+        request, self.large = self.request, large
         rank = band + LARGE * large
         return Ask(self.id, request.tokens, request.model, self.avoid, request.wanted, self.never, rank)
 
@@ -142,18 +150,25 @@ class Line:
         self._asking = 0
         self._claimed = False
         self._told = 0.0
-        self._nudged = False
+        self._nudged = self._granted = False
         self._hops = -1
         self._width = FIRST_ASKS
         self._looks = 0
         self._offset: float | None = None
         self._best_asked = (0, 0)
         self._counted, self._exact = 1, True
+        self._shapes: set[tuple[str, tuple[str, ...]]] = set()
+        self._claims = count(2)
+        self.failing = False
         self._patience = 0.0
         self._reported, self._report_again_s = 0.0, REPORT_AFTER_S
 
     def __len__(self) -> int:
         return sum(map(len, self._groups))
+
+    def is_idle(self) -> bool:
+        """Nobody waits or asks: another may take its place (who joins it nevertheless is moved there)."""
+        return not self._asking and not len(self)
 
     def __contains__(self, id: str) -> bool:
         return any(waiter.id == id for group in self._groups for waiter in tuple(group))
@@ -170,18 +185,18 @@ class Line:
         demand = Demand(self.claim, ONE[band], waiter.request.tokens, _ms(waiter.deadline - now))
         return waiter.ask(band), demand
 
-    def end_alone(self, answer: Answer | None, now_ms: int, now: float) -> None:
+    def end_alone(self, waiter: Waiter, answer: Answer | None, now_ms: int, now: float) -> None:
         with self._mutex:
             self._asking -= 1
             if answer is not None:
                 self._offset = now_ms - now * 1000
-            if type(answer) is Refused:
-                self._claimed = True
-                if len(self):  # who joined meanwhile: the store has been told of this call only
-                    self.nudge()
-                else:
-                    self._counted = 1
-                    self._refuse([answer], now)
+            self.failing = answer is None
+            if len(self):  # who joined meanwhile: the store has been told of this call only
+                self.nudge()
+            elif type(answer) is Refused:
+                self._claimed = not (answer.timed and now + answer.wait_ms / 1000 > waiter.deadline)
+                self._counted, self._shapes = 1, {waiter.shape}
+                self._refuse([answer], now)
 
     # Joining and leaving.
 
@@ -192,19 +207,28 @@ class Line:
             waiter.since = self._offset + now * 1000
         with self._mutex:
             if not len(self):
-                self._reported, self._report_again_s = 0.0, REPORT_AFTER_S
+                self._reported, self._report_again_s, self._granted = 0.0, REPORT_AFTER_S, False
+                if not waiter.asked:  # those for whom the line had asked have gone
+                    self._told = now
             self._groups[2 * waiter.request.band + (not waiter.returned)][waiter] = None
             if self.leader is None:
                 self._lead(waiter)
                 return
             grown = not self._exact and len(self) >= 2 * self._counted
-        if grown or waiter.request.band < self._best_asked[0] or waiter.request.tokens < self._best_asked[1]:
+            band, tokens = self._best_asked
+            differs = waiter.request.band < band or waiter.request.tokens < tokens or waiter.shape not in self._shapes
+            if not differs and self._told > waiter.deadline and self.refusal is not None and self.refusal.timed:
+                self._answer(waiter, self.late(now))  # not even those before it can be served in time
+                return
+        if grown or differs:
             self.nudge()  # it may be served before the others; or for so many, the store names another time
 
     def leave(self, waiter: Waiter) -> None:
         """The lead passes on, and so does what the waiter was granted and does not take."""
         with self._mutex:
             self._groups[2 * waiter.request.band + (not waiter.returned)].pop(waiter, None)
+            if waiter.large and type(waiter.answer) is not Granted:
+                self._nudged = True  # an account may be held for it
             if self.leader is waiter:
                 self.leader = None
                 heads = [next(iter(group)) for group in self._groups if group]
@@ -226,14 +250,26 @@ class Line:
                     return True
         return False
 
-    def end(self) -> tuple[bool, Any]:
-        """For who leaves: whether the store has a claim of a line that is empty now, and the listener to be stopped."""
+    def end(self) -> tuple[str, Any]:
+        """For who leaves: the claim that the store has of a line that is empty now, and the listener to be stopped."""
         with self._mutex:
             if len(self) or self._asking:
-                return False, None
-            claimed, self._claimed = self._claimed, False
+                return "", None
+            claim = self.claim if self._claimed and not self.failing else ""
+            if self._claimed:  # who joins from now on has another
+                self.claim, self._claimed = f"{self.claim.partition('/')[0]}/{next(self._claims)}", False
             listener, self.listener = self.listener, None
-            return claimed, listener
+            return claim, listener
+
+    def has_traces(self) -> bool:
+        return self._claimed or self.listener is not None
+
+    def late(self, now: float) -> Refused:
+        """Why a call's time is over: what was said last."""
+        refusal = self.refusal
+        if refusal is None:
+            return Refused(0, "line", False, False)
+        return refusal._replace(wait_ms=max(0, math.ceil((self._told - now) * 1000)))
 
     # What the leader does.
 
@@ -249,6 +285,11 @@ class Line:
     @property
     def nudged(self) -> bool:
         return self._nudged
+
+    def grants_more(self) -> bool:
+        """Whether all that was asked for last was granted: there will be more."""
+        granted, self._granted = self._granted, False
+        return granted
 
     def woken(self, hops: int, now: float) -> None:
         """The store has called; so many others may use what it called for."""
@@ -275,10 +316,17 @@ class Line:
                     waiter.since = server
             picked: list[Waiter] = []
             smallest = math.inf
+            shapes: set[tuple[str, tuple[str, ...]]] = set()
             for place, waiter in enumerate(islice(self._order(server), LOOKED_AT)):
                 tokens = waiter.request.tokens
-                if place < self._width or tokens < smallest:
+                if (
+                    place < self._width
+                    or tokens < smallest
+                    or (waiter.shape not in shapes and len(shapes) < FIRST_ASKS)
+                ):
+                    waiter.asking = True
                     picked.append(waiter)
+                    shapes.add(waiter.shape)
                     smallest = min(smallest, tokens)
             bands, last = [0] * BANDS, 0.0
             for number, group in enumerate(self._groups):
@@ -291,12 +339,13 @@ class Line:
                     risen += 1
                 bands[number // 2] += len(group) - risen
                 if group:
-                    last = max(last, next(reversed(group)).deadline)
+                    last = max(last, max(waiter.deadline for waiter in group))
         if not picked:
             return [], (), Demand(self.claim, (0, 0, 0, 0), 0)
         large = self._is_large(picked[0], server)
         asks = tuple(waiter.ask(self._band(waiter, server), large and waiter is picked[0]) for waiter in picked)
         hops, self._hops, self._counted = self._hops, -1, sum(bands)
+        self._shapes = shapes
         self._best_asked, self._patience = (asks[0].rank % LARGE, int(smallest)), last
         return picked, asks, Demand(self.claim, tuple(bands), int(smallest), _ms(last - now), hops)  # type: ignore[arg-type]
 
@@ -307,8 +356,9 @@ class Line:
         with self._mutex:
             self._offset = reply.now_ms - now * 1000
             granted = 0
+            self.failing = False
             for waiter, answer in zip(asked, reply.answers):
-                waiter.unsure = False
+                waiter.asking = waiter.unsure = False
                 waits = waiter in self._groups[2 * waiter.request.band + (not waiter.returned)]
                 if type(answer) is Refused:
                     refused.append(answer)
@@ -327,13 +377,23 @@ class Line:
                 self._width = max(FIRST_ASKS, min(MOST_ASKS, 2 * granted))
             if granted:
                 self._looks = 0
-            self._claimed = bool(refused)
+            self._claimed = bool(refused) or len(self) > 0
+            self._granted = granted > 0 and not refused
             if refused:
                 self._refuse(refused, now)
                 self._give_up_in_time(reply, now)
             else:
-                self._told = now
+                self.refusal, self._told = None, now
         return strays
+
+    def miss(self, asked: list[Waiter]) -> list[Waiter]:
+        """What came of an ask is not known; returns those who have left meanwhile, for whom nobody will ask again."""
+        self.failing = True
+        for waiter in asked:
+            waiter.unsure = True
+            waiter.asking = False
+        with self._mutex:
+            return [w for w in asked if w not in self._groups[2 * w.request.band + (not w.returned)]]
 
     def dismiss(self, answer: Refused | Moved | Exception) -> None:
         """All are answered so."""
@@ -364,6 +424,8 @@ class Line:
         waiter.answer = answer
         self._groups[2 * waiter.request.band + (not waiter.returned)].pop(waiter, None)
         waiter.signal()
+        if waiter is self.leader and self.listener is not None:
+            self.listener.nudge()
 
     def _refuse(self, refused: list[Refused], now: float) -> None:
         """When to ask again."""

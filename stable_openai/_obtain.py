@@ -2,6 +2,7 @@
 
 Generators of a flow (see `_flow.py`), without I/O. Besides operations they yield
 
+    Sleep(seconds)           wait; 0 only asks what time it is                    -> None
     Park(waiter, seconds)    wait until the waiter is signalled, at most so long  -> None
     Doze(line, waiter, seconds)  the leader: the same, or until the store wakes it    -> the wake's hops, or None
     Hush(listener)           listen for wakes no longer                           -> the hops of one that came, or None
@@ -21,14 +22,20 @@ from stable_openai._ops import Acquire, Demand, Granted, Refused, TooLarge
 from stable_openai._worker import Worker
 from stable_openai.errors import BrokerUnavailable, Exhausted, NoKeys, RequestTooLarge
 
-__all__ = ["Doze", "Hush", "Park", "obtain"]
+__all__ = ["Doze", "Hush", "Park", "Sleep", "obtain"]
 
 ASK_AGAIN_S = 1.0
+NOT_OUT = ("rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held", "line")  # then some key is not out
+GLANCE_S, LATE_S, BUSY_S = 0.002, 0.01, 0.25
 REASONS = {
     **{kind: f"the breaker, after failures of the upstream ({kind})" for kind in ("5xx", "connection", "timeout")},
     "held": "a large request, for which the account is held",
     "line": "the calls that came before",
 }
+
+
+class Sleep(NamedTuple):
+    seconds: float
 
 
 class Park(NamedTuple):
@@ -106,11 +113,12 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
     answer: Any = None
     now_ms = 0
     try:
-        waiter.unsure = True
+        waiter.asked = waiter.unsure = True
         now, reply = yield from worker.ask(line.to, alone[:1], alone[1])
         waiter.unsure = False
         answer, now_ms = reply.answers[0], reply.now_ms
     except BrokerUnavailable:
+        now, _ = yield Sleep(0)  # it has taken its time
         if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > waiter.deadline:
             worker.disown(line.to, waiter)
             raise
@@ -119,11 +127,13 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
         worker.disown(line.to, waiter)
         raise
     finally:
-        line.end_alone(answer, now_ms, now)
-    if type(answer) is Refused:
-        if answer.timed and now + answer.wait_ms / 1000 > waiter.deadline:
-            return now, answer
-        return now, (yield from _if_all_disabled(worker, waiter, answer))
+        line.end_alone(waiter, answer, now_ms, now)
+    if type(answer) is Refused and not (answer.timed and now + answer.wait_ms / 1000 > waiter.deadline):
+        answer = yield from _if_all_disabled(worker, waiter, answer)
+        if answer is None:
+            return now, None
+    if line.has_traces():
+        yield from _clear(worker, line)
     return now, answer
 
 
@@ -136,7 +146,7 @@ def _if_all_disabled(worker: Worker, waiter: Waiter, refusal: Refused) -> Steps:
 def _stand(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
     """Wait in the line, and lead it where it comes to that: (now, the answer)."""
     if now >= waiter.deadline:
-        return now, _late(line)
+        return now, line.late(now)
     line.join(waiter, now)
     try:
         while waiter.answer is None and now < waiter.deadline and not waiter.leads:
@@ -150,28 +160,28 @@ def _stand(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
         yield from _leave(worker, line, waiter, cancelled=True)
         raise
     yield from _leave(worker, line, waiter)
-    return now, waiter.answer or _late(line)
-
-
-def _late(line: Line) -> Refused:
-    """What was said last, as the reason why a call's time was over."""
-    refusal = line.refusal or Refused(0, "line", False, False)
-    return refusal._replace(timed=False)
+    return now, waiter.answer or line.late(now)
 
 
 def _leave(worker: Worker, line: Line, waiter: Waiter, cancelled: bool = False) -> Steps:
-    """Leave the line, and no trace: the last one takes back what the store has of it."""
+    """Leave the line, and no trace. (Where an ask for the waiter is on its way, who asks sees to what comes of it.)"""
     line.leave(waiter)
-    if waiter.unsure:
+    if waiter.unsure and not waiter.asking:
         worker.disown(line.to, waiter)
-    elif cancelled and type(waiter.answer) is Granted:
+    if cancelled and type(waiter.answer) is Granted:
         yield from worker.give_back(line, waiter.request, waiter.answer)
-    claimed, listener = line.end()
+    if line.has_traces():
+        yield from _clear(worker, line)
+
+
+def _clear(worker: Worker, line: Line) -> Steps:
+    """The last one takes back what the store has of the line."""
+    claim, listener = line.end()
     hops = None
     if listener is not None:
         _, hops = yield Hush(listener)
-    if claimed or hops is not None:
-        demand = Demand(line.claim, (0, 0, 0, 0), 0, -1, -1 if hops is None else hops)
+    if claim or hops is not None:
+        demand = Demand(claim or line.claim, (0, 0, 0, 0), 0, -1, -1 if hops is None else hops)
         with suppress(BrokerUnavailable):  # the claim ends by itself
             yield Acquire(line.to, worker.ttl_ms, (), demand)
 
@@ -182,12 +192,14 @@ def _lead(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
         if worker.line(waiter.request.model, waiter.loop) is not line:
             line.dismiss(Moved())
             break
+        if line.grants_more():
+            now = yield from _let_them_send(line, waiter, now)
         pause = line.pause(now)
+        if now > waiter.deadline or (now == waiter.deadline and pause > 0):
+            break
         if pause <= 0:
             now = yield from _ask_for_all(worker, line, now)
             continue
-        if now >= waiter.deadline:
-            break
         until_report, report = line.report(now, worker.pool)
         if report is not None:
             worker.report(report)
@@ -198,15 +210,32 @@ def _lead(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
     return now
 
 
+def _let_them_send(line: Line, waiter: Waiter, now: float) -> Steps:
+    """What was just granted is to be sent before there is more, since the upstream counts when requests arrive: wait
+    while this thread, or its loop, is so busy that a short wait ends late."""
+    until = now + BUSY_S
+    while now < until and waiter.answer is None:
+        before = now
+        now, hops = yield Doze(line, waiter, GLANCE_S)
+        if hops is not None:
+            line.woken(hops, now)
+        if now - before < GLANCE_S + LATE_S:
+            break
+    return now
+
+
 def _ask_for_all(worker: Worker, line: Line, now: float) -> Steps:
     asked, asks, demand = line.pick(now)
     if not asked:
         return now
-    for waiter in asked:
-        waiter.unsure = True
     try:
         now, reply = yield from worker.ask(line.to, asks, demand)
-    except BrokerUnavailable as error:
+    except BaseException as error:
+        for waiter in line.miss(asked):
+            worker.disown(line.to, waiter)
+        if not isinstance(error, BrokerUnavailable):
+            raise
+        now, _ = yield Sleep(0)  # it has taken its time
         if worker.on_redis_down == "raise":
             line.dismiss(error)
         line.delay(now, ASK_AGAIN_S)
@@ -222,7 +251,10 @@ def _give_up(
     worker: Worker, request: Request, refusal: Refused, now: float, error: BaseException | None
 ) -> Generator[Any, Any, NoReturn]:
     """Raise what says most about why no key could serve in time."""
-    out = yield from worker.why_out(request, now)
+    out = None
+    if refusal.reason not in NOT_OUT:
+        with suppress(BrokerUnavailable):
+            out = yield from worker.why_out(request, now)
     wait = refusal.wait_ms / 1000
     retry_after = wait if refusal.timed else None
     if out is not None:

@@ -47,6 +47,7 @@ waiting_log = logging.getLogger("stable_openai.waiting")
 
 LONGEST_HOLD_MS = 900_000
 BATCH = 200
+MANY_LINES = 64
 Steps = Generator[Any, Any, Any]
 
 
@@ -157,8 +158,10 @@ class Worker:
         to = self.registration(model)
         line = self.lines.get((to.ring, loop))
         if line is None:
-            for place in [place for place in tuple(self.lines) if place[1] is not None and place[1].is_closed()]:
-                self.lines.pop(place, None)
+            many = len(self.lines) > MANY_LINES
+            for place, other in tuple(self.lines.items()):
+                if (many and other.is_idle()) or (place[1] is not None and place[1].is_closed()):
+                    self.lines.pop(place, None)
             made = Line(to, f"{self.id}.{next(self._line_numbers)}")
             line = self.lines.setdefault((to.ring, loop), made)
         return line
@@ -208,10 +211,10 @@ class Worker:
     def forsake(self, line: Line, waiter: Waiter) -> None:
         """Leave the line from a finaliser: nothing is sent, and the claim ends by itself."""
         line.leave(waiter)
-        if type(waiter.answer) is Granted:
-            if not line.hand_on(waiter.answer, waiter.request.tokens, waiter.request.model):
-                self.abandon(waiter.request, waiter.answer, "unsent")
-        elif waiter.unsure:
+        granted, request = waiter.answer, waiter.request
+        if type(granted) is Granted and not line.hand_on(granted, request.tokens, request.model):
+            self.abandon(request, granted, "unsent")
+        if waiter.unsure and not waiter.asking:
             self.disown(line.to, waiter)
         _, listener = line.end()
         if listener is not None:

@@ -71,6 +71,7 @@ class Line:
         self.holds = {claim.held: claim.held_until for claim in self.all if claim.held and claim.held_until > now}
         self.newcomer = was is None
         self.fits: dict[int, bool] = {}
+        self.was_held = was.held if was else ""
         self.mine = mine = Claim(self.demand.claim, ring, now, self.demand.smallest)
         if was and keeps and was.held and was.held_until > now:
             mine.held = was.held
@@ -92,6 +93,8 @@ class Line:
         n, size = 0, tokens
         for claim in self.others:
             need, count = claim.smallest, claim.waiting[b]
+            if need > tokens and not every:
+                need = 1 << (need - 1).bit_length()  # few sizes are looked at
             if need > tokens and not every and need not in self.fits:
                 self.fits[need] = self.slot(1, need, model)[0] <= self.now
             if every or need <= tokens or self.fits[need]:
@@ -156,7 +159,7 @@ class Line:
 
     def let_go(self) -> None:
         self.holds.pop(self.mine.held)
-        self.mine.held = ""
+        self.mine.held = self.was_held = ""
 
     def _in_time(self, left: int, model: str) -> tuple[int, int]:
         def comes(n: int) -> tuple[bool, int]:
@@ -195,10 +198,15 @@ class Line:
             wake(wakes, self.all, 1)
         elif self.hops > 0 and self.all:
             wake(wakes, self.all, 1, self.hops - 1)
+        if self.was_held and mine.held != self.was_held:  # what was held, for one that has left
+            wake(wakes, self.all, len(self.others))
         patience = self.demand.patience_ms
-        if mine.id and left and (wait is None or loose or patience < 0 or wait <= patience):
+        stays = wait is None or (loose and patience != 0) or patience < 0 or wait <= patience
+        if mine.id and left and stays:
             mine.told, mine.reason = self.now + (wait or 0), why
             if left > 1 and wait is not None and patience >= 0:
                 count, last = self._in_time(left, model)
             self.all.append(mine)
+        if not self.all:  # nobody is left to be woken
+            wakes.clear()
         return self.all, count, last

@@ -236,6 +236,12 @@ class MemoryBackend:
             ring.seen = pool.revision
         pool.stale_days = False
         asking = Asking(self, pool, known, ring, op)
+        if len(op.asks) == 1 and not known.claims and op.asks[0].id not in known.leases:
+            # Most often nobody waits, and the one request is served at once.
+            alone = asking.serve(op.asks[0], "")
+            if type(alone) is not Refused:
+                return NotRegistered() if pool.stale_days else Acquired(pool.now, -1, -1, [alone])
+            asking.alone = alone
         answers = [asking.answer(ask) for ask in op.asks]
         in_time = asking.end()
         return NotRegistered() if pool.stale_days else Acquired(pool.now, *in_time, answers)
@@ -449,12 +455,14 @@ class MemoryBackend:
 class Asking:
     """One acquire: what answer(), serve() and line_of() of lua/acquire.lua and lua/choose.lua share."""
 
+    line: Line | None = None
+    alone: Answer | None = None
+    wait: int | None = None
+    reason, vague = "", False
+    _smaller: dict[tuple[str, tuple[str, ...]], tuple[int, Refused]] | None = None
+
     def __init__(self, backend: MemoryBackend, pool: Pool, known: ModelClass, ring: Ring, op: Acquire) -> None:
         self.backend, self.pool, self.known, self.ring, self.op = backend, pool, known, ring, op
-        self.smaller: dict[tuple[str, tuple[str, ...]], tuple[int, Refused]] = {}
-        self.wait: int | None = None
-        self.reason, self.vague = "", False
-        self.line: Line | None = None
         if known.claims or (len(op.asks) > 1 and op.demand):
             self.line = self._line_of()
 
@@ -462,11 +470,7 @@ class Asking:
         op = self.op
         size = min(EXAMINED, len(self.ring.index.order))
         keeps = bool(op.asks) and op.asks[0].rank >= LARGE
-        return Line(self.known.claims, op.demand, self.ring_name, self.pool.now, self._slot, self._room, size, keeps)
-
-    @property
-    def ring_name(self) -> str:
-        return self.op.to.ring
+        return Line(self.known.claims, op.demand, op.to.ring, self.pool.now, self._slot, self._room, size, keeps)
 
     def _slot(self, count: int, tokens: int, model: str) -> Slot:
         """When so many requests of a size can be served, whichever accounts serve them."""
@@ -542,12 +546,16 @@ class Asking:
         """Not before its turn; nor where one that is no larger has just been refused."""
         lease, band = self.known.leases.get(ask.id), ask.rank % LARGE
         if lease and lease.state != LIVE:
+            if self.line:
+                self.line.left[band] -= 1
             return Gone()
         if lease:
             if self.line:
                 self.line.served(band, ask.tokens, ask.model)
             return Granted(ask.id, lease.key, lease.account)
-        known = self.smaller.get((ask.model, ask.never))
+        if self._smaller is None:
+            self._smaller = {}
+        known = self._smaller.get((ask.model, ask.never))
         if known and ask.tokens >= known[0]:
             return known[1]
         refusal: Refused | None = None
@@ -558,11 +566,13 @@ class Asking:
                 refusal = refusal._replace(wait_ms=self.line.looks_again(refusal.wait_ms))
         if refusal is None:
             large = ask.rank >= LARGE
-            answer = self._serve(ask, self.line.mine.held if large and self.line else "")
+            answer = self.alone or self.serve(ask, self.line.mine.held if large and self.line else "")
             if isinstance(answer, Granted) and self.line:
                 self.line.served(band, ask.tokens, ask.model)
                 if large and self.line.mine.held == answer.account:
                     self.line.let_go()
+            if self.line and isinstance(answer, TooLarge):
+                self.line.left[band] -= 1  # it will not be asked for again
             if not isinstance(answer, Refused):
                 return answer
             self.line = self.line or (self._line_of() if self.op.demand else None)
@@ -571,7 +581,7 @@ class Asking:
             holds = large and self.line is not None and self.line.mine.held == answer.account
             later = None if holds else self._later(band, ask.tokens, ask.model)
             refusal = later if later and later.wait_ms > answer.wait_ms else answer
-        self.smaller[ask.model, ask.never] = (ask.tokens, refusal)
+        self._smaller[ask.model, ask.never] = (ask.tokens, refusal)
         if self.wait is None or refusal.wait_ms < self.wait:
             self.wait, self.reason, self.vague = refusal.wait_ms, refusal.reason, not refusal.timed
         return refusal
@@ -592,7 +602,7 @@ class Asking:
         known.claims, *in_time = self.line.save(known.wakes, self.wait, self.reason, self.vague, model)
         return in_time[0], in_time[1]
 
-    def _serve(self, ask: Ask, holding: str) -> Answer:
+    def serve(self, ask: Ask, holding: str) -> Answer:
         pool, ring = self.pool, self.ring
         now = pool.now
         if pool.breaker:

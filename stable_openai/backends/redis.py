@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import redis
 import redis.asyncio
@@ -33,6 +34,7 @@ __all__ = ["RedisBackend", "script"]
 
 TIMEOUT_S = 2.0
 CONNECTIONS = 64
+LISTENERS = 32
 CLUSTER_SETTINGS = ("username", "password", "client_name", "protocol", "credential_provider", "socket_timeout")
 PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.4)
 TRANSIENT = (redis.ConnectionError, redis.TimeoutError)
@@ -75,6 +77,7 @@ class RedisBackend:
         self._mutex = threading.Lock()
         self._client: Any = None
         self._clients = PerLoop(lambda: self._make(redis.asyncio), _aclose)
+        self._listeners: WeakSet[Listener | AsyncListener] = WeakSet()  # each holds one of the connections
 
     def run(self, op: Any) -> Any:
         """The reply to an operation. Raises BrokerUnavailable when Redis cannot be reached in time."""
@@ -119,15 +122,24 @@ class RedisBackend:
         raise unavailable(problem) from problem
 
     def listen(self, to: Registration) -> Listener | None:
-        """What wakes a thread that waits for leases of a class; None where Redis cannot be reached now."""
+        """What wakes a thread that waits for leases of a class; None where Redis cannot be reached now, or enough
+        connections listen already (then those who wait look at the time that they were told)."""
+        if len(self._listeners) >= LISTENERS:
+            return None
         try:
-            return Listener(self._client or self._connect(), to.keys[5])
+            listener = Listener(self._client or self._connect(), to.keys[5])
         except BrokerUnavailable:
             return None
+        self._listeners.add(listener)
+        return listener
 
-    def alisten(self, to: Registration) -> AsyncListener:
+    def alisten(self, to: Registration) -> AsyncListener | None:
         """The same for the running event loop."""
-        return AsyncListener(self._clients.get(), to.keys[5])
+        if len(self._listeners) >= LISTENERS:
+            return None
+        listener = AsyncListener(self._clients.get(), to.keys[5])
+        self._listeners.add(listener)
+        return listener
 
     def _pauses(self, op: Any, started: float) -> Iterator[float]:
         # The heartbeat renews again soon, and others wait for it.
@@ -162,6 +174,7 @@ class RedisBackend:
         self._mutex = threading.Lock()
         self._client = None
         self._clients = PerLoop(self._clients._make, self._clients._close)
+        self._listeners = WeakSet()
 
 
 async def _aclose(client: Any) -> None:
