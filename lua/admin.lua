@@ -1,8 +1,8 @@
 -- admin.lua: what a person decides about a key, for the whole pool.
 -- USES meters, accounts, claims
--- KEYS  1 pool, then every class that this worker knows, then the wakes of each
--- ARGV  1 now in ms ('' = the server's), 2 'disable', 'enable' or 'reset', 3 key, 4 account, 5 for how long in ms
---       ('' = until it is enabled)
+-- KEYS  1 pool, then every class, then the wakes of each
+-- ARGV  1 now in ms ('' = the server's), 2 'disable', 'enable', 'reset' or 'wake' (only the waiting), 3 key, 4 account, 5 for
+--       how long in ms ('' = until it is enabled)
 -- REPLY 1; 0 where the pool is not known (register first)
 
 local pool, verb, key, account, last = KEYS[1], ARGV[2], 'k:' .. ARGV[3], ARGV[4], (#KEYS + 1) / 2
@@ -12,7 +12,7 @@ local k = scope_of(pool, key) or {0, 0, '', false, 0, 0, false, false}
 if verb == 'disable' then
   k[7] = ARGV[5] == '' and -1 or now + tonumber(ARGV[5])
   put(pool, key, cmsgpack.pack(k))
-else
+elseif verb ~= 'wake' then
   -- Enabled: it may be used at once. Reset: all that was concluded of it and its account is forgotten too; what has
   -- been used stays used.
   get(pool, 'a:' .. account)
@@ -26,7 +26,8 @@ else
   end
 end
 local meta = get(pool, 'm')
-put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision + 1) .. epoch)
+if verb ~= 'wake' then revision = revision + 1 end
+put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', revision) .. epoch)
 for i = 2, verb ~= 'disable' and last or 0 do
   local claims, wake = claims_of(KEYS[i])
   wake(KEYS[i + last - 1], #claims)

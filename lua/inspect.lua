@@ -3,7 +3,7 @@
 -- KEYS  1 pool, 2 class, 3 expiry
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 how many accounts follow; accounts, then keys
 -- REPLY {breaker's reason, ms until it opens}, {for each claim of the line {its id, ms until it asks again, what stands
---       in its way, waiting in bands 0 to 3}, ..}, then for each account {live, tokens held, ms of cooldown, ms out, why,
+--       in its way, waiting in bands 0 to 3}, ..}, {class, ..}, then for each account {live, tokens held, ms of cooldown, ms out, why,
 --       and for each of the four meters {used as %.17g, limit} or {}}; then for each key {ms out, why, 401s in a row,
 --       ms disabled (-1: for good)}
 
@@ -19,6 +19,8 @@ reply[2] = {}
 for n, claim in ipairs(known and claims_of(class) or {}) do
   reply[2][n] = {claim[1], left(claim[3]), claim[5], unpack(claim, WAITING, WAITING + 3)}
 end
+local classes = get(pool, 'classes')
+reply[3] = classes and cmsgpack.unpack(classes) or {}
 for n = 4, 3 + ARGV[3] do
   local account = ARGV[n]
   local q, out = quota_of(class, account), scope_of(pool, 'a:' .. account)

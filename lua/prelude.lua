@@ -9,6 +9,7 @@
 --     a:<account>  an account that is out {until or 0, pause, reason, probe's lease or false, probe's expiry}
 --     k:<key>      the same of a key, then {.., 401s in a row, disabled until or false (-1: for good), {model = until}}
 --     breaker      the same of the pool (its reason is a kind of failure), then {.., {{time, kind, account}, ..}}
+--     classes      {class, ..}: all that have been registered
 --     auth         {[key] = {time of its 401, account}}: those since the last success
 --   stable:{pool}:class:<class>  hash
 --     m            no lease expires before this

@@ -13,6 +13,14 @@ if not revision then
   put(pool, 'm', struct.pack('<dddd', base, 0, -1, 0) .. epoch)
 end
 load(class, {'q', 'w'})
+local name, names = class:match(':class:(.*)$'), get(pool, 'classes')
+names = names and cmsgpack.unpack(names) or {}
+local listed = false
+for _, other in ipairs(names) do listed = listed or other == name end
+if not listed then
+  names[#names + 1] = name
+  put(pool, 'classes', cmsgpack.pack(names))
+end
 for tz, days in pairs(cjson.decode(ARGV[4])) do put(class, 'd:' .. tz, cmsgpack.pack(days)) end
 
 local packed, unpacked, rows = {}, {}, {}

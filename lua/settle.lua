@@ -6,7 +6,8 @@
 --       outcome ('ok', 'unsent', 'neutral', 'limited', 'account', 'key', 'model', 'failed'), tokens used ('' unknown),
 --       detail (limited: the server's wait in ms or ''; account: the reason; failed, unsent: the kind of failure), jitter 0..1
 -- REPLY for each lease 2: 0 done, 1 late (it had expired), 2 gone (settled before, or never granted); then advice:
---       '' none, 'out' this put the scope out, 'fault' all keys fail alike, 'unknown' nobody has served this model
+--       '' none, 'out' this put the scope out, 'fault' all keys fail alike, 'unknown' nobody has served this model,
+--       'healed' those who wait for other classes should be woken
 
 local expiry, index, ttl, reply, freed = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}, 0
 load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[5], 'k:' .. ARGV[6]})
@@ -80,5 +81,7 @@ if get(class, 'w') and (freed > 0 or healed) then
   local claims, wake = claims_of(class)
   wake(KEYS[5], healed and #claims or freed)
 end
+local classes = healed and get(pool, 'classes')
+if classes and #reply > 0 and reply[#reply] == '' and cmsgpack.unpack(classes)[2] then reply[#reply] = 'healed' end
 finish(class)
 return reply

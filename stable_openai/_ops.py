@@ -160,7 +160,8 @@ class Inspect(NamedTuple):
 
 
 class Admin(NamedTuple):
-    """`verb` is "disable", "enable" or "reset"; `classes` are the registrations that the worker knows."""
+    """`verb` is "disable", "enable", "reset" or "wake" (only who waits, whatever the key); `classes` are all that the
+    pool has."""
 
     pool: str
     verb: str
@@ -223,7 +224,7 @@ class Acquired(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """`code` 0 done, 1 late, 2 gone; `advice` "", "out", "fault" or "unknown" (see settle.lua)."""
+    """`code` 0 done, 1 late, 2 gone; `advice` "", "out", "fault", "unknown" or "healed" (see settle.lua)."""
 
     code: int
     advice: str
@@ -261,6 +262,8 @@ class Snapshot(NamedTuple):
     breaker: str
     breaker_ms: int
     line: list[ClaimRow]
+    classes: list[str]
+    """All that workers have registered."""
     accounts: dict[str, AccountRow]
     keys: dict[str, KeyRow]
 
@@ -343,7 +346,7 @@ def _inspect(op: Inspect, now: str) -> tuple[tuple[str, ...], list[Any]]:
 
 
 def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
-    (breaker, breaker_ms), claims, rows = reply[0], reply[1], reply[2:]
+    (breaker, breaker_ms), claims, classes, rows = reply[0], reply[1], reply[2], reply[3:]
     line = [ClaimRow(_text(claim), ms, _text(why), tuple(bands)) for claim, ms, why, *bands in claims]
     accounts = {}
     for member, (live, held, cooldown, out, why, *meters) in zip(op.to.members, rows):
@@ -353,7 +356,7 @@ def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
         fingerprint: KeyRow(out, _text(why), failures, disabled)
         for fingerprint, (out, why, failures, disabled) in zip(op.to.fingerprints, rows[len(op.to.members) :])
     }
-    return Snapshot(_text(breaker), breaker_ms, line, accounts, keys)
+    return Snapshot(_text(breaker), breaker_ms, line, [_text(name) for name in classes], accounts, keys)
 
 
 def _admin(op: Admin, now: str) -> tuple[tuple[str, ...], list[Any]]:

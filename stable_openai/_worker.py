@@ -257,7 +257,10 @@ class Worker:
             return ""
         if replies[0].code == 1:
             log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, lease.id, self.label(lease.key))
-        return str(replies[0].advice)
+        advice = str(replies[0].advice)
+        if advice == "healed":
+            yield from self.wake_all()
+        return advice
 
     def abandon(self, request: Request, lease: Granted, outcome: str, tokens: int | None = None) -> None:
         """Close a lease from a finaliser: the closing is only queued, and no lock is taken."""
@@ -285,11 +288,15 @@ class Worker:
             while open_still:
                 to = open_still[0][0]
                 batch = [closing for of, closing in open_still[:BATCH] if of is to]
+                healed = False
                 try:
-                    yield Settle(to, self.ttl_ms, tuple(batch))
+                    _, replies = yield Settle(to, self.ttl_ms, tuple(batch))
+                    healed = any(reply.advice == "healed" for reply in replies)
                 except BrokerUnavailable:
                     later += open_still[: len(batch)]
                 del open_still[: len(batch)]
+                if healed:
+                    yield from self.wake_all()
         finally:  # a caller who is cancelled meanwhile leaves the rest to the next one
             self.pending.extend(later + open_still)
 
@@ -359,13 +366,23 @@ class Worker:
 
     def admin(self, verb: str, key: Key, ms: int | None = None) -> Steps:
         """disable, enable or reset a key in the whole pool."""
-        classes = tuple(sorted(self.class_names))
-        op = Admin(self.pool, verb, key.fingerprint, key.account, ms, classes)
+        to = next(iter(self.registrations()), None) or self.registration("-")
+        _, snapshot = yield from self.inspect_registration(to)
+        op = Admin(self.pool, verb, key.fingerprint, key.account, ms, tuple(snapshot.classes))
         _, done = yield op
-        if not done:
-            yield from self.register(self.registration("-"))
+        if not done:  # Redis has lost its state since this worker registered
+            yield from self.register(to)
             yield op
         log.info("key.%s pool=%s key=%s", verb, self.pool, key.name)
+
+    def wake_all(self) -> Steps:
+        """Something healed that others wait for, in classes that this worker may not know."""
+        try:
+            to = next(iter(self.registrations()))
+            _, snapshot = yield from self.inspect_registration(to)
+            yield Admin(self.pool, "wake", "", "", None, tuple(snapshot.classes))
+        except BrokerUnavailable:  # they look again by themselves
+            return
 
     def note(self, lease: Granted, verdict: Verdict, advice: str) -> None:
         """Say what an error did to the key that it came with."""

@@ -566,6 +566,30 @@ def test_cancelled_while_it_ends_its_listening(pool: Pool, monkeypatch: pytest.M
     pool.assert_empty()
 
 
+@IN_REDIS
+def test_the_loop_ends_while_the_last_ends_its_listening(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its lease already, and never gets to use it."""
+    manager = pool.manager()
+    stop = AsyncListener.stop
+    reached = asyncio.Event()
+
+    async def slow(self: AsyncListener) -> int | None:
+        reached.set()
+        await asyncio.sleep(0.05)
+        return await stop(self)
+
+    async def main() -> None:
+        async with manager.lease():
+            waiter = asyncio.ensure_future(manager.lease().__aenter__())
+            await auntil(lambda: pool.blocked_clients() == pool.blocked + 1)
+            monkeypatch.setattr(AsyncListener, "stop", slow)
+        await asyncio.wait_for(reached.wait(), SOON)
+        assert not waiter.done()
+
+    run(main)
+    pool.assert_empty(tombstones=True)
+
+
 # 5, 6: time-outs.
 
 
