@@ -196,6 +196,8 @@ class Line:
             elif type(answer) is Refused:
                 self._claimed = not (answer.timed and now + answer.wait_ms / 1000 > waiter.deadline)
                 self._counted, self._shapes = 1, {waiter.shape}
+                self._best_asked = (waiter.request.band, waiter.request.tokens)
+                self._note_short(waiter, answer, now_ms)
                 self._refuse([answer], now)
 
     # Joining and leaving.
@@ -203,8 +205,6 @@ class Line:
     def join(self, waiter: Waiter, now: float) -> None:
         if waiter.joined is None:
             waiter.joined = now
-        if waiter.since is None and self._offset is not None:
-            waiter.since = self._offset + now * 1000
         with self._mutex:
             if not len(self):
                 self._reported, self._report_again_s, self._granted = 0.0, REPORT_AFTER_S, False
@@ -303,17 +303,23 @@ class Line:
         if self._nudged:
             self._nudged = False
             return 0.0
-        return self._told - now
+        with self._mutex:
+            server = self._server(now)
+            head = next(self._order(server), None)
+        told = self._told - now
+        if head is None or server is None:
+            return told
+        if head.short_since is not None and not head.large:
+            told = min(told, max(0.0, (head.short_since + LARGE_AFTER_MS - server) / 1000))
+        if self._best_asked[0] > 0:  # when it rises, it comes before others
+            rises = head.request.band - self._best_asked[0] + 1
+            told = min(told, max(0.0, (self._since(head) + rises * RISE_MS - server) / 1000))
+        return told
 
     def pick(self, now: float) -> tuple[list[Waiter], tuple[Ask, ...], Demand]:
         """Who is asked for, and what the store is told of the others."""
         with self._mutex:
             server = self._server(now)
-            for group in self._groups:
-                for waiter in reversed(group):
-                    if waiter.since is not None or server is None:
-                        break
-                    waiter.since = server
             picked: list[Waiter] = []
             smallest = math.inf
             shapes: set[tuple[str, tuple[str, ...]]] = set()
@@ -364,7 +370,7 @@ class Line:
                     refused.append(answer)
                     if waits and answer.timed and now + answer.wait_ms / 1000 > waiter.deadline:
                         self._answer(waiter, answer)
-                    elif waits:
+                    elif waits and waiter is asked[0]:
                         self._note_short(waiter, answer, reply.now_ms)
                 elif waits:
                     granted += type(answer) is Granted
@@ -438,11 +444,6 @@ class Line:
             wait = min(POLL_S, SHORTEST_S * 2**self._looks)
             self._looks += 1
         self._told, self._exact = now + wait, first.exact
-        head = next(self._order(), None)
-        if head is not None and head.short_since is not None and self._offset is not None:
-            after = (head.short_since + LARGE_AFTER_MS - self._offset) / 1000 - now  # until it is LARGE
-            if 0 < after < wait:
-                self._told = now + after + 0.001
 
     def _give_up_in_time(self, reply: Acquired, now: float) -> None:
         """Those who cannot be served before their deadline need not wait for it."""
@@ -470,9 +471,15 @@ class Line:
         return None if self._offset is None else self._offset + now * 1000
 
     def _band(self, waiter: Waiter, server: float | None = None) -> int:
-        if server is None or waiter.since is None:
+        if server is None or waiter.joined is None:
             return waiter.request.band
-        return max(0, waiter.request.band - int(max(0.0, server - waiter.since) // RISE_MS))
+        return max(0, waiter.request.band - int(max(0.0, server - self._since(waiter)) // RISE_MS))
+
+    def _since(self, waiter: Waiter) -> float:
+        """Since when it has waited, by the store's clock (who joined before that was known is told later)."""
+        if waiter.since is None:
+            waiter.since = (self._offset or 0.0) + (waiter.joined or 0.0) * 1000
+        return waiter.since
 
     def _order(self, server: float | None = None) -> Iterator[Waiter]:
         groups = [group for group in self._groups if group]
