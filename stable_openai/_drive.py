@@ -350,9 +350,10 @@ async def _stop(worker: Worker, listener: Any, cancelled: list[BaseException]) -
             hops: int | None = await asyncio.shield(task)
             return hops
         except asyncio.CancelledError as error:
-            if task.cancelled():
-                raise
             cancelled[:] = [error]
+            if task.cancelled():  # the loop ends
+                listener.drop()
+                return None
 
 
 async def _finish(worker: Worker, backend: Any, op: Any, task: Awaitable[Any]) -> None:

@@ -125,7 +125,8 @@ class Waiter:
         if self.loop is None:
             gate.set()
         elif not gate.done():
-            gate.set_result(None)
+            with suppress(RuntimeError):  # the loop is closed
+                gate.set_result(None)
 
     def signal_from_anywhere(self) -> None:
         if self.loop is None:
@@ -311,7 +312,7 @@ class Line:
             return told
         if head.short_since is not None and not head.large:
             told = min(told, max(0.0, (head.short_since + LARGE_AFTER_MS - server) / 1000))
-        if self._best_asked[0] > 0:  # when it rises, it comes before others
+        if self._best_asked[0] > 0 and not self._exact:  # when it rises, it comes before those of other workers
             rises = head.request.band - self._best_asked[0] + 1
             told = min(told, max(0.0, (self._since(head) + rises * RISE_MS - server) / 1000))
         return told

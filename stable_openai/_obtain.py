@@ -160,7 +160,7 @@ def _stand(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
         yield from _leave(worker, line, waiter, cancelled=True)
         raise
     yield from _leave(worker, line, waiter)
-    return now, waiter.answer or line.late(now)
+    return now, line.late(now) if waiter.answer is None else waiter.answer
 
 
 def _leave(worker: Worker, line: Line, waiter: Waiter, cancelled: bool = False) -> Steps:

@@ -38,7 +38,7 @@ from stable_openai._ops import (
     Snapshot,
 )
 from stable_openai._verdict import Verdict
-from stable_openai.errors import BrokerUnavailable, ConfigurationError
+from stable_openai.errors import BrokerUnavailable, ConfigurationError, NoKeys
 
 __all__ = ["Worker"]
 
@@ -121,6 +121,8 @@ class Worker:
         for key in self.keys.values():
             if serves(key.models, model):
                 accounts.setdefault(key.account, []).append(key)
+        if not self.keys:
+            raise NoKeys(f"no keys are left in pool {self.pool!r}", keys={}, retry_after=None, reason="removed")
         if not accounts:
             raise ConfigurationError("model", f"{model!r} is served by no key of pool {self.pool!r}; see Key(models=)")
         members = []

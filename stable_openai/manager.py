@@ -17,7 +17,7 @@ from stable_openai._limits import Limits
 from stable_openai._line import BANDS, Request, Waiting
 from stable_openai._verdict import Verdict
 from stable_openai._worker import Steps, Worker, runs_under_a_forking_server
-from stable_openai.errors import ConfigurationError, NoKeys
+from stable_openai.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from stable_openai._status import Status
@@ -164,25 +164,20 @@ class KeyManager:
             raise ConfigurationError("tokens", "must be a whole number, 0 or more")
         if priority not in range(BANDS):
             raise ConfigurationError("priority", f"must be a whole number from 0 (most urgent) to {BANDS - 1}")
-        self._needs_keys()
         model = model or NO_MODEL
+        to = self._worker.registration(model)
         wanted: tuple[str, ...] = ()
         if affinity is not None:
             from stable_openai._affinity import favourites
 
-            wanted = favourites(affinity, self._worker.registration(model))
+            wanted = favourites(affinity, to)
         return Request(model, tokens or 0, self.max_wait if max_wait is None else max_wait, priority, wanted)
 
     def counts_tokens(self, model: str | None) -> bool:
         """Whether the limits of a model count tokens."""
-        self._needs_keys()
         if model is None:
             self._worker.warn_of_no_model()
         return self._worker.counts_tokens(model or NO_MODEL)
-
-    def _needs_keys(self) -> None:
-        if not self._worker.keys:
-            raise NoKeys(f"no keys are left in pool {self.pool!r}", keys={}, retry_after=None, reason="removed")
 
     def lease(
         self,
