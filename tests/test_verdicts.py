@@ -191,6 +191,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr("stable_openai._drive.apause", clock.apause)
     monkeypatch.setattr("stable_openai._worker.random.random", lambda: 0.0)  # the jitter of cooldowns
     monkeypatch.setattr("stable_openai._line.REPORT_AFTER_S", 1e9)  # a wait is one sleep
+    monkeypatch.setattr("stable_openai._line.RISE_MS", 10**12)
     return clock
 
 
