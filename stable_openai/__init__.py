@@ -8,8 +8,8 @@ from stable_openai._decorator import INJECTED, stable
 from stable_openai._keys import Key
 from stable_openai._lease import Lease
 from stable_openai._limits import Limits
-from stable_openai._line import Waiting
 from stable_openai._verdict import Verdict
+from stable_openai._waiter import Waiting
 from stable_openai.errors import (
     BrokerUnavailable,
     ConfigurationError,

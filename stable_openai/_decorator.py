@@ -13,9 +13,9 @@ from stable_openai._drive import adrive, adrive_generator, drive, drive_generato
 from stable_openai._estimate import estimate_tokens
 from stable_openai._flow import Flow, Outcome, Policy, Raised, Returned, call
 from stable_openai._lease import Lease
-from stable_openai._line import BANDS, Request
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict
+from stable_openai._waiter import BANDS, Request
 from stable_openai.errors import ConfigurationError
 from stable_openai.manager import PRIORITY, KeyManager, check_number, default_manager
 

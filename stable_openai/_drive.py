@@ -21,7 +21,8 @@ from stable_openai._obtain import Doze, Hush, Park
 from stable_openai._ops import Acquire, Closing, Granted, NotRegistered, Settle
 
 if TYPE_CHECKING:
-    from stable_openai._line import Line, Waiter
+    from stable_openai._line import Line
+    from stable_openai._waiter import Waiter
     from stable_openai._worker import Worker
 
 __all__ = ["adrive", "adrive_generator", "drive", "drive_generator"]

@@ -22,10 +22,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
-from stable_openai._line import Request, Waiter
 from stable_openai._obtain import Sleep, obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, judge, redact
+from stable_openai._waiter import Request, Waiter
 from stable_openai._worker import Worker
 from stable_openai.errors import ConfigurationError
 

@@ -11,10 +11,10 @@ from stable_openai._drive import adrive, drive
 from stable_openai._flow import Sleep, verdict_of
 from stable_openai._flow import outcome_of as _outcome_of
 from stable_openai._keys import Key
-from stable_openai._line import Request
 from stable_openai._obtain import obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, redact, verdict_of_response
+from stable_openai._waiter import Request
 from stable_openai._worker import Worker
 from stable_openai.errors import ConfigurationError
 

@@ -17,8 +17,9 @@ from collections.abc import Generator
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
-from stable_openai._line import Line, Moved, Request, Waiter
+from stable_openai._line import Line
 from stable_openai._ops import Acquire, Demand, Granted, Refused, TooLarge
+from stable_openai._waiter import Moved, Request, Waiter
 from stable_openai._worker import Worker
 from stable_openai.errors import BrokerUnavailable, Exhausted, NoKeys, RequestTooLarge
 

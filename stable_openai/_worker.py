@@ -19,7 +19,7 @@ from typing import Any
 
 from stable_openai._keys import Key
 from stable_openai._limits import Limits, Quota, class_of, day_starts, quota, serves
-from stable_openai._line import Line, Request, Waiter, Waiting
+from stable_openai._line import Line
 from stable_openai._ops import (
     Acquire,
     Acquired,
@@ -38,6 +38,7 @@ from stable_openai._ops import (
     Snapshot,
 )
 from stable_openai._verdict import Verdict
+from stable_openai._waiter import Request, Waiter, Waiting
 from stable_openai.errors import BrokerUnavailable, ConfigurationError, NoKeys
 
 __all__ = ["Worker"]

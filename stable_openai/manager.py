@@ -14,8 +14,8 @@ from stable_openai._heartbeat import heartbeat
 from stable_openai._keys import Key, as_keys
 from stable_openai._lease import Lease
 from stable_openai._limits import Limits
-from stable_openai._line import BANDS, Request, Waiting
 from stable_openai._verdict import Verdict
+from stable_openai._waiter import BANDS, Request, Waiting
 from stable_openai._worker import Steps, Worker, runs_under_a_forking_server
 from stable_openai.errors import ConfigurationError
 
