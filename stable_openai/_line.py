@@ -8,12 +8,11 @@ thread or task of the line's own, and a forked child begins with none.
 THE ORDER is by band, 0 the most urgent, and in a band by who came first; a call that returns for another key keeps its
 place. A waiter rises one band for each 30 s that it waits, by the store's clock.
 
-WHO IS ASKED FOR. As many from the front as the last answers suggest (8, doubling to 32 while all are granted: what is
-granted together should also be sent together, since the upstream counts when requests arrive), and behind them, up to
-the 200th, everyone who wants fewer tokens than all before, and the first for each other model: so a large request at
-the head stops no small one, and a model that no key serves no other. Where it
-has not fitted for 2 s, it is asked for as LARGE, and the store holds one account for it: so the small ones do not stop
-it either. The store is told how many wait in each band, and shares between workers (lua/line.lua).
+WHO IS ASKED FOR. Eight from the front (what is granted together should also be sent together, since the upstream counts
+when requests arrive); behind them, up to the 200th, everyone who wants fewer tokens than all before, and the first for
+each other model: so a large request at the head stops no small one, and a model that no key serves no other. Where the
+head has not fitted for 2 s, it is asked for as LARGE, and the store holds one account for it: so the small ones do not
+stop it either. The store is told how many wait in each band, and shares between workers (lua/line.lua).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ __all__ = ["Line"]
 ONE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
 RISE_MS = 30_000
 LARGE_AFTER_MS = 2000
-FIRST_ASKS, MOST_ASKS, LOOKED_AT = 8, 32, 200
+ASKS, LOOKED_AT = 8, 200
 ALONE = 8  # so many ask by themselves at the same time while nobody waits
 POLL_S = 5.0
 SHORTEST_S = 0.02
@@ -58,7 +57,6 @@ class Line:
         self._told = 0.0
         self._nudged = self._granted = False
         self._hops = -1
-        self._width = FIRST_ASKS
         self._looks = 0
         self._offset: float | None = None
         self._best_asked = (0, 0)
@@ -231,11 +229,7 @@ class Line:
             shapes: set[tuple[str, tuple[str, ...]]] = set()
             for place, waiter in enumerate(islice(self._order(server), LOOKED_AT)):
                 tokens = waiter.request.tokens
-                if (
-                    place < self._width
-                    or tokens < smallest
-                    or (waiter.shape not in shapes and len(shapes) < FIRST_ASKS)
-                ):
+                if place < ASKS or tokens < smallest or (waiter.shape not in shapes and len(shapes) < ASKS):
                     waiter.asking = True
                     picked.append(waiter)
                     shapes.add(waiter.shape)
@@ -283,10 +277,6 @@ class Line:
                     self._answer(waiter, answer)
                 elif type(answer) is Granted:
                     strays.append((waiter, answer))
-            if granted == len(asked):
-                self._width = min(MOST_ASKS, 2 * self._width)
-            else:
-                self._width = max(FIRST_ASKS, min(MOST_ASKS, 2 * granted))
             if granted:
                 self._looks = 0
             self._claimed = bool(refused) or len(self) > 0

@@ -27,7 +27,7 @@ __all__ = ["Doze", "Hush", "Park", "Sleep", "obtain"]
 
 ASK_AGAIN_S = 1.0
 NOT_OUT = ("rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held", "line")  # then some key is not out
-GLANCE_S, LATE_S, BUSY_S = 0.002, 0.01, 0.25
+GLANCE_S, LATE_S, BUSY_S = 0.002, 0.003, 0.25
 REASONS = {
     **{kind: f"the breaker, after failures of the upstream ({kind})" for kind in ("5xx", "connection", "timeout")},
     "held": "a large request, for which the account is held",
