@@ -63,7 +63,7 @@ class Line:
         self._counted, self._exact = 1, True
         self._shapes: set[tuple[str, tuple[str, ...]]] = set()
         self._claims = count(2)
-        self.failing = False
+        self.failing = False  # the store did not answer the last time: nobody need say farewell to it
         self._patience = 0.0
         self._reported, self._report_again_s = 0.0, REPORT_AFTER_S
 
@@ -94,7 +94,10 @@ class Line:
             self._asking -= 1
             if answer is not None:
                 self._offset = now_ms - now * 1000
-            self.failing = answer is None
+            if answer is None:  # what came of it is not known
+                self._claimed = True
+            else:
+                self.failing = False
             if len(self):  # who joined meanwhile: the store has been told of this call only
                 self.nudge()
             elif type(answer) is Refused:
@@ -290,11 +293,11 @@ class Line:
 
     def miss(self, asked: list[Waiter]) -> list[Waiter]:
         """What came of an ask is not known; returns those who have left meanwhile, for whom nobody will ask again."""
-        self.failing = True
         for waiter in asked:
             waiter.unsure = True
             waiter.asking = False
         with self._mutex:
+            self._claimed = True
             return [w for w in asked if w not in self._groups[2 * w.request.band + (not w.returned)]]
 
     def dismiss(self, answer: Refused | Moved | Exception) -> None:

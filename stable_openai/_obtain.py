@@ -119,6 +119,7 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
         waiter.unsure = False
         answer, now_ms = reply.answers[0], reply.now_ms
     except BrokerUnavailable:
+        line.failing = True
         now, _ = yield Sleep(0)  # it has taken its time
         if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > waiter.deadline:
             worker.disown(line.to, waiter)
@@ -236,6 +237,7 @@ def _ask_for_all(worker: Worker, line: Line, now: float) -> Steps:
             worker.disown(line.to, waiter)
         if not isinstance(error, BrokerUnavailable):
             raise
+        line.failing = True
         now, _ = yield Sleep(0)  # it has taken its time
         if worker.on_redis_down == "raise":
             line.dismiss(error)
