@@ -103,7 +103,9 @@ class Asking:
     def _judge(
         self, member: Member, tokens: int, model: str, count: int = 1, holding: str = ""
     ) -> tuple[int, str, bool, str]:
-        held = self.line.holds.get(member.account, 0) if self.line and member.account != holding else 0
+        if self.line is None:
+            return self.backend.judge(self.pool, self.known, member, tokens, model, count)
+        held = self.line.holds.get(member.account, 0) if member.account != holding else 0
         return self.backend.judge(self.pool, self.known, member, tokens, model, count, held)
 
     def answer(self, ask: Ask) -> Answer:
@@ -177,8 +179,12 @@ class Asking:
                 return Refused(open_at - now, pool.breaker.reason, False, True)
         best, why, loose, whose, bounded, last = NEVER, "", False, "", False, 0.0
         first_try = True
-        ahead = [(score, name) for name in ask.wanted if (score := ring.index.scores.get(name)) is not None]
-        candidates = ahead + ring.index.order[:EXAMINED]
+        ahead: list[tuple[float, str]] = []
+        candidates = ring.index.order[:EXAMINED]
+        if ask.wanted:
+            scores = ring.index.scores
+            ahead = [(scores[name], name) for name in ask.wanted if name in scores]
+            candidates = ahead + candidates
         for avoided in (False, True) if ask.avoid else (False,):
             for n, (at, name) in enumerate(candidates):
                 if n >= len(ahead) and at >= now + 1 and at >= best:
