@@ -41,10 +41,10 @@ from stable_openai import (
     Limits,
     NoKeys,
     Verdict,
+    Waiting,
     stable,
 )
 from stable_openai._affinity import favourites
-from stable_openai._line import Waiting
 from stable_openai._ops import Acquire, Settle
 from stable_openai.backends.listener import AsyncListener
 from tests.servers import private_cluster, private_sentinel
@@ -714,6 +714,20 @@ def test_a_freed_slot_wakes_another_worker(pool: Pool, crowd: Crowd) -> None:
 
 
 @IN_REDIS
+def test_two_slots_that_are_freed_at_once_wake_two_workers(pool: Pool, crowd: Crowd) -> None:
+    """Each waits for one; the second slot comes free while the first is still on its way to somebody."""
+    one, *others = (pool.manager(limits=Limits(concurrency=2)) for _ in range(3))
+    held = [one.lease().__enter__() for _ in range(2)]
+    calls = [awaited(crowd, other) for other in others]
+    until(lambda: pool.blocked_clients() == pool.blocked + 2)
+    for lease in held:
+        one._worker.abandon(lease._request, lease._held, "neutral")
+    one._do(one._worker.flush())  # both are settled in one step
+    assert [call.result(SOON) for call in calls] == ["sk-a"] * 2
+    pool.assert_empty()
+
+
+@IN_REDIS
 @pytest.mark.parametrize("cause", ["ConnectError", "PoolTimeout"])
 def test_a_request_that_was_never_sent_wakes_another_worker(pool: Pool, crowd: Crowd, cause: str) -> None:
     limits = Limits(rpm=1)
@@ -1054,7 +1068,7 @@ if child == 0:
     except BaseException:
         import traceback; traceback.print_exc()
         os._exit(1)
-until(lambda: any(line.calls > 5 for line in manager.status().line))
+until(lambda: any(line.workers == 2 for line in manager.status().line))
 listener = lines()[0].listener
 assert not listener.broken
 held.__exit__(None, None, None)
@@ -1155,7 +1169,9 @@ def test_threads_and_two_event_loops_share_a_manager(pool: Pool) -> None:
     with slot_of(manager), slot_of(manager):
         calls = [one.lease(manager, body) for _ in range(30) for one in crowds]
         joined(manager, 90)
+        began = time.monotonic()
     assert [call.result(20) for call in calls] == ["sk-a"] * 90
+    assert time.monotonic() - began < SOON, "no slot lies idle while somebody waits"
     assert most <= 2
     for one in crowds:
         one.close()
