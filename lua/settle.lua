@@ -42,6 +42,7 @@ local function count(lease, account, unsent, tokens)
   local q = quota_of(class, account)
   local a = account_of(class, account, q)
   local sooner = unsent or q[1] > 0 and a[1] >= q[1] or a[2] > 0
+  if sooner or q[1] > 0 then freed = freed + 1 end
   close(class, account, lease, unsent and 0 or tokens or lease[2])
   for i = 1, q[2] == 1 and 2 or 4 do
     if q[4 * i - 1] > 0 then
@@ -52,7 +53,6 @@ local function count(lease, account, unsent, tokens)
   if sooner then
     local at = earliest(a, q, 0, class)
     redis.call('ZADD', index, 'XX', 'LT', at <= now and 0 or at, account)
-    freed = freed + 1
   end
 end
 

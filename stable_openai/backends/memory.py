@@ -350,6 +350,7 @@ class MemoryBackend:
         account = known.touch(lease.account, pool)
         quota = account.quota
         sooner = unsent or (quota[0] and account.live >= quota[0]) or account.held > 0
+        pool.freed += bool(sooner or quota[0])
         self._close(known, lease, 0 if unsent else lease.tokens if tokens is None else tokens)
         for number, meter in enumerate(account.meters):
             if meter is None or (number > 1 and quota[1]):
@@ -359,7 +360,6 @@ class MemoryBackend:
             elif number > 1 and tokens is not None and tokens > lease.tokens:
                 meter.amend(tokens - lease.tokens, lease.granted, pool.now)
         if sooner:
-            pool.freed += 1
             at = self._earliest(known, account, 0)[0]
             at = 0 if at <= pool.now else at
             if at < index.scores.get(lease.account, -1):
