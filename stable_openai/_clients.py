@@ -7,6 +7,7 @@ by themselves, since the broker would not see those attempts; closing a copy clo
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from stable_openai._loops import PerLoop
 
 __all__ = ["client_for", "shared_client"]
+
+CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": ""}}
 
 _mutex = threading.Lock()
 _of_process: list[Any] = []
@@ -59,7 +62,20 @@ def _make(is_async: bool) -> Any:
 
     made = (AsyncShared if is_async else Shared)(api_key="none", max_retries=0)
     _ = made.chat.completions, made.responses, made.embeddings  # imported on first use, which takes a while
+    _warm_up()
     return made
+
+
+def _warm_up() -> None:
+    """Have openai build the models of a first request and its answer now (0.3 s), for a lease that waits meanwhile is
+    sent later than its limits allow."""
+    import openai
+
+    httpx = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])  # or httpx2
+    answer = {"id": "", "object": "chat.completion", "created": 0, "model": "", "choices": [CHOICE]}
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json=answer))
+    with openai.OpenAI(api_key="none", http_client=httpx.Client(transport=transport)) as client:
+        client.chat.completions.create(model="", messages=[{"role": "user", "content": ""}])
 
 
 def _after_fork_in_child() -> None:

@@ -445,13 +445,15 @@ def test_all_are_cancelled_at_once(pool: Pool) -> None:
 
     async def main() -> None:
         async with manager.lease():
-            everyone = asyncio.gather(*(manager.lease().__aenter__() for _ in range(50)))
+            tasks = [asyncio.ensure_future(manager.lease().__aenter__()) for _ in range(50)]
+            everyone = asyncio.gather(*tasks)
             await ajoined(manager, 50)
             everyone.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await everyone
-            await ajoined(manager, 0)
-            await auntil(lambda: not any(line.listener for line in manager._worker.lines.values()))
+                await everyone  # until the first has ended
+            await asyncio.wait(tasks)
+            assert all(task.cancelled() for task in tasks)
+            assert waiting(manager) == 0
             assert (await manager.astatus()).line == ()
         async with manager.lease(max_wait=0):
             pass
@@ -725,6 +727,51 @@ def test_two_slots_that_are_freed_at_once_wake_two_workers(pool: Pool, crowd: Cr
     one._do(one._worker.flush())  # both are settled in one step
     assert [call.result(SOON) for call in calls] == ["sk-a"] * 2
     pool.assert_empty()
+
+
+@IN_REDIS
+def test_a_wake_that_one_passes_on_comes_to_another_who_is_away(
+    pool: Pool, crowd: Crowd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slot is the urgent call's. Its worker does not listen just now: the idle one gets the wake, cannot use it,
+    passes it on, and must not take it again itself."""
+    one, idle, urgent = pool.manager(), pool.manager(), pool.manager()
+    wait = AsyncListener.wait
+    away, back = threading.Event(), asyncio.Event()
+
+    async def late(self: AsyncListener, seconds: float) -> int | None:
+        away.set()
+        await back.wait()
+        return await wait(self, seconds)
+
+    others = Coroutines()
+    noted = Noted(idle)
+    with slot_of(one) as release:
+        low = crowd.lease(idle, priority=3)
+        until(lambda: pool.blocked_clients() == pool.blocked + 1)
+        if isinstance(crowd, Coroutines):
+            monkeypatch.setattr(AsyncListener, "wait", for_the_loop(others.loop, late, wait))
+        else:
+            monkeypatch.setattr(AsyncListener, "wait", late)
+        high = others.lease(urgent, priority=0)
+        until(away.is_set)
+        asked = noted.count(Acquire)
+        release()
+        until(lambda: noted.count(Acquire) > asked)
+        others.loop.call_soon_threadsafe(back.set)
+        assert high.result(SOON) == "sk-a"
+        assert low.result(SOON) == "sk-a"
+    others.close()
+    pool.assert_empty()
+
+
+def for_the_loop(loop: asyncio.AbstractEventLoop, one: Callable[..., Any], other: Callable[..., Any]) -> Any:
+    """A method that is `one` on a loop, and `other` on others."""
+
+    async def chosen(*args: Any) -> Any:
+        return await (one if asyncio.get_running_loop() is loop else other)(*args)
+
+    return chosen
 
 
 @IN_REDIS

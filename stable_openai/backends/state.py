@@ -143,9 +143,11 @@ class Pool:
 
     def take_wakes(self) -> list[str]:
         """The classes of which somebody is to be woken; they are, from now on."""
-        names = [name for name, known in self.classes.items() if known.wakes]
-        for name in names:
-            self.classes[name].wakes.clear()
+        names: list[str] = []
+        for name, known in self.classes.items():
+            if known.wakes:
+                known.wakes.clear()
+                names.append(name)
         return names
 
     def tick(self, raw: int) -> None:
