@@ -317,7 +317,7 @@ def test_requests_without_sense() -> None:
             client.responses.create(model="gpt-9", input="hi")
         assert unknown_model.value.code == "model_not_found"
         with pytest.raises(openai.NotFoundError):
-            client.files.list()
+            client.batches.list()
         bodies: list[object] = [{}, [], {"model": 3}]
         for body in bodies:
             with pytest.raises(openai.BadRequestError):

@@ -15,7 +15,11 @@ a conftest.py: see fixtures.py. Where to change what:
     settings.py  the arguments                        upstream.py  the judgement of a request, and the log
     visits.py    a request, its entry in the log      admin.py     the endpoints to look at it from outside
     limits.py    what an account may do               meters.py    the window rules, exactly
-    answers.py   bodies, streams, tokens              refusals.py  401, 404, 429 and their headers
+    routes.py    which endpoint a path means          multipart.py forms with files
+    answers.py   what answers are made of, tokens     refusals.py  401, 404, 429 and their headers
+    chat.py      chat, and the old completions        responses.py responses
+    endpoints.py the other endpoints of models        stored.py    files, kept responses, the list of models
+    schemas.py   calls of functions, JSON by schema   packing.py   gzip
     failures.py  what can be injected                 service.py   pauses, answers that break off
     wire.py      HTTP on a connection                 server.py    `FakeOpenAI`, its thread
     process.py   `FakeProcess`                        __main__.py  the command line

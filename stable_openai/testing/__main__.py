@@ -13,9 +13,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_args
 
 from .limits import UNITS, Limit
+from .refusals import RateHeaders
 from .server import FakeOpenAI
 from .settings import Settings, from_json
 
@@ -56,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--charge", choices=("reserved", "used"), default=default["charge"])
     parser.add_argument("--refusals-count", action="store_true", help="a refused request uses up a request")
     parser.add_argument("--unknown-models", default="", help="models answered 404, with commas between them")
+    parser.add_argument("--organizations", help="account=organisation (or nothing), with commas between them")
+    parser.add_argument("--rate-headers", choices=get_args(RateHeaders), default=default["rate_headers"])
+    parser.add_argument("--gzip", action="store_true", help="compress answers for clients that accept it")
     parser.add_argument("--settings", choices=("-",), help="read all this as JSON from stdin's first line")
     return parser
 
@@ -64,10 +68,14 @@ def _arguments(options: argparse.Namespace) -> dict[str, Any]:
     given = vars(options).copy()
     del given["settings"]
     limit = Limit(**{field.name: given.pop(field.name) for field in fields(Limit)})
-    pairs = (item.partition("=") for item in given.pop("keys").split(",") if item)
-    keys = {secret: account or secret for secret, _, account in pairs}
+    keys = {secret: account or secret for secret, account in _pairs(given.pop("keys"))}
+    organizations = dict(_pairs(given.pop("organizations") or ""))
     models = [name for name in given.pop("unknown_models").split(",") if name]
-    return given | {"keys": keys, "limits": limit, "unknown_models": models}
+    return given | {"keys": keys, "limits": limit, "unknown_models": models, "organizations": organizations}
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    return [(name, value) for name, _, value in (item.partition("=") for item in text.split(",") if item)]
 
 
 if __name__ == "__main__":

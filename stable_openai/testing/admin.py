@@ -4,6 +4,7 @@
     GET  /_fake/stats  counts: requests, over, in_flight, max_in_flight (by account), open and total
                        connections, statuses (how many of each)
     POST /_fake/fail   {"failure": {...}, "key", "account", "model", "path", "times"}, as `FakeOpenAI.fail`
+    POST /_fake/spend  {"account", "model", "requests", "tokens"}, as `FakeOpenAI.spend`
     POST /_fake/clear  forget injected failures, the log and max_in_flight
 
 They are under the root, not under /v1.
@@ -37,6 +38,12 @@ def answer(upstream: Upstream, request: Request) -> Answer:
         case "POST", "fail":
             fields = json.loads(request.body)
             upstream.order(Order(**(fields | {"failure": Failure.from_json(fields["failure"])})))
+            return _text(200, "{}")
+        case "POST", "spend":
+            try:
+                upstream.spend(**json.loads(request.body))
+            except ValueError as error:
+                return _text(400, error_body(str(error), None, None))
             return _text(200, "{}")
         case "POST", "clear":
             upstream.clear()

@@ -1,7 +1,7 @@
 """Failures to inject: what an upstream, or a gateway before it, does other than answer.
 
 Every row of the table of verdicts has a constructor here. Bodies and codes are those that OpenAI sends; an
-injected failure carries no headers but its own and `x-request-id`.
+injected failure carries no headers but its own, `x-request-id` and `openai-organization`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class Failure:
     `act` is what is done: "answer" with `status`, `headers` and `body`; "close" the connection before an
     answer or "cut" it in the middle of one; "hang" before, or "stall" in the middle of, the proper answer,
     until the client gives up or the fake is released; "event": break a stream off with the error event
-    `body`; "slow": give the proper answer after `seconds`.
+    `body`; "slow": give the proper answer after `seconds`. The middle of a stream is after `after` events, or
+    after half of them if that is None. An answer that is no stream has its middle after half of its bytes; with
+    `after=0`, before the first.
     """
 
     act: Act = "answer"
@@ -39,6 +41,7 @@ class Failure:
     body: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    after: int | None = None
 
     @classmethod
     def error(
@@ -60,6 +63,11 @@ class Failure:
     def no_retry(self) -> Failure:
         """The same, with `x-should-retry: false`."""
         return replace(self, headers=(*self.headers, ("x-should-retry", "false")))
+
+    @classmethod
+    def redirect(cls, location: str, status: int = 307) -> Failure:
+        """Another place to ask; 307 and 308 keep the method and the body."""
+        return cls.error(status, headers={"location": location}, body="")
 
     # 429, 402: limits and quotas
 
@@ -204,9 +212,12 @@ class Failure:
         return cls(act="close", status=0)
 
     @classmethod
-    def cut(cls) -> Failure:
-        """The connection is closed in the middle of the body, or of the stream."""
-        return cls(act="cut")
+    def cut(cls, after: int | None = None) -> Failure:
+        """The connection is closed in the middle of the body, or of the stream: see `after` above.
+
+        `after=0`: the headers were sent, and nothing else.
+        """
+        return cls(act="cut", after=after)
 
     @classmethod
     def hang(cls) -> Failure:
@@ -214,9 +225,9 @@ class Failure:
         return cls(act="hang")
 
     @classmethod
-    def stall(cls) -> Failure:
+    def stall(cls, after: int | None = None) -> Failure:
         """Half an answer, then nothing until the client gives up; or the rest after `FakeOpenAI.release`."""
-        return cls(act="stall")
+        return cls(act="stall", after=after)
 
     @classmethod
     def slow(cls, seconds: float) -> Failure:
@@ -224,10 +235,13 @@ class Failure:
         return cls(act="slow", seconds=seconds)
 
     @classmethod
-    def stream_error(cls, code: str | None = "server_error") -> Failure:
-        """An error event in the middle of a stream; a request without a stream is answered 500 with it."""
+    def stream_error(cls, code: str | None = "server_error", *, after: int | None = None) -> Failure:
+        """An error event in the middle of a stream; a request without a stream is answered 500 with it.
+
+        `after=0`: it is the first event, of an answer whose status is 200.
+        """
         message = "The server had an error while processing your request."
-        return replace(cls.error(500, code=code, type="server_error", message=message), act="event")
+        return replace(cls.error(500, code=code, type="server_error", message=message), act="event", after=after)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Failure:

@@ -111,6 +111,14 @@ class Account:
             if meter.wait_ns(1, now) == 0:
                 meter.charge(1, now)
 
+    def spend(self, requests: int, tokens: int, now: int) -> None:
+        """Charge what somebody else used: of each kind as much as there is left under all its limits."""
+        for meters, amount in ((self.requests, requests), (self.tokens, tokens)):
+            amount = min([amount, *(meter.remaining(now) for meter in meters.values())])
+            if amount:
+                for meter in meters.values():
+                    meter.charge(amount, now)
+
     def use(self, held: int, used: int, now: int) -> None:
         """Charge the tokens that were used in place of those that were held."""
         for meter in self.tokens.values():

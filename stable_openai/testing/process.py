@@ -115,6 +115,11 @@ class FakeProcess(Settings):
         matching = {"key": key, "account": account, "model": model, "path": path, "times": times}
         self._ask("POST", "fail", json.dumps(matching | {"failure": asdict(failure)}))
 
+    def spend(self, account: str, model: str, requests: int = 0, tokens: int = 0) -> None:
+        """As `FakeOpenAI.spend`; RuntimeError in place of ValueError."""
+        used = {"account": account, "model": model, "requests": requests, "tokens": tokens}
+        self._ask("POST", "spend", json.dumps(used))
+
     def clear(self) -> None:
         """As `FakeOpenAI.clear`."""
         self._ask("POST", "clear")

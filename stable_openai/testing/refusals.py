@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from .answers import Answer
+from typing import Literal
+
+from .answers import Answer, Headers
 from .failures import error_body
 from .limits import UNITS, Account, Exceeded
 from .meters import SECOND_NS
 
 JSON = ("content-type", "application/json")
+
+RateHeaders = Literal["openai", "groq", "azure", "none"]
+
+# Of which limit of requests and of tokens headers tell (the first that there is), and whether of its reset.
+TOLD: dict[RateHeaders, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
+    "openai": (("rpm", "rpd"), ("tpm", "tpd"), True),
+    "groq": (("rpd",), ("tpm",), True),
+    "azure": (("rpm", "rpd"), ("tpm", "tpd"), False),
+    "none": ((), (), False),
+}
 
 
 def refusal(status: int, message: str, code: str | None) -> Answer:
@@ -20,7 +32,7 @@ def over_limit(model: str, account: str, exceeded: Exceeded) -> Answer:
     """429, with the wait in the text and headers if time helps."""
     kind = "tokens" if exceeded.limit.startswith("t") else "requests"
     where = f"{model} in organization {account} on {UNITS[exceeded.limit]}"
-    headers: tuple[tuple[str, str], ...] = (JSON,)
+    headers: Headers = (JSON,)
     if exceeded.too_large:
         message = f"Request too large for {where}: Limit {exceeded.maximum}, Requested {exceeded.requested}."
     else:
@@ -36,16 +48,18 @@ def over_limit(model: str, account: str, exceeded: Exceeded) -> Answer:
     return Answer(429, headers, (body,), code="rate_limit_exceeded", limit=exceeded.limit)
 
 
-def limit_headers(meters: Account, now: int) -> tuple[tuple[str, str], ...]:
-    """What OpenAI tells of the minute's limits, or of the day's where there is none for the minute."""
+def limit_headers(meters: Account, now: int, style: RateHeaders) -> Headers:
+    """What the headers of an answer tell of the limits."""
     headers: list[tuple[str, str]] = []
-    for kind, kept in (("requests", meters.requests), ("tokens", meters.tokens)):
-        for meter in list(kept.values())[:1]:
+    requests, tokens, with_reset = TOLD[style]
+    for kind, names, kept in (("requests", requests, meters.requests), ("tokens", tokens, meters.tokens)):
+        for meter in [kept[name] for name in names if name in kept][:1]:
             headers += (
                 (f"x-ratelimit-limit-{kind}", str(meter.limit)),
                 (f"x-ratelimit-remaining-{kind}", str(meter.remaining(now))),
-                (f"x-ratelimit-reset-{kind}", go_duration(meter.reset_ns(now))),
             )
+            if with_reset:
+                headers.append((f"x-ratelimit-reset-{kind}", go_duration(meter.reset_ns(now))))
     return tuple(headers)
 
 

@@ -98,10 +98,18 @@ class FakeOpenAI(Settings):
     ) -> None:
         """Let the next `times` requests (None: all from now on) that the limits admit fail.
 
-        Only those of a key, account, model (a pattern) or path ("/chat/completions", with or without /v1),
-        where given. Of several failures that match a request the first injected is taken.
+        Only those of a key, account, model (a pattern) or path ("/chat/completions", with or without /v1;
+        "/files/{id}" for any file), where given. Of several failures that match a request the first injected is taken.
         """
         self._upstream.order(Order(failure, key, account, model, path, times))
+
+    def spend(self, account: str, model: str, requests: int = 0, tokens: int = 0) -> None:
+        """Let somebody else use an account: charge its meters for `model` as if requests had come and been admitted.
+
+        Of what does not fit only as much as does: they would have been refused. Nothing is logged. Raises ValueError
+        for an account that no key has, or a negative number.
+        """
+        self._upstream.spend(account, model, requests, tokens)
 
     def clear(self) -> None:
         """Forget injected failures, the log and `max_in_flight`. The meters keep what was used."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import h11
@@ -12,6 +13,7 @@ import h11
 from . import admin
 from .answers import Answer
 from .failures import Failure
+from .packing import accepts_gzip, gzipped
 from .settings import Settings
 from .upstream import Upstream
 from .visits import Visit
@@ -79,7 +81,7 @@ class Service:
         visit = call.visit
         if visit is None:
             answer = admin.answer(self._upstream, call.request)
-            connection.send(_head(answer), *_data(answer.parts), h11.EndOfMessage())
+            connection.send(_response(answer), *_data(answer.parts), h11.EndOfMessage())
             return
         if visit.refused is not None and visit.refused.limit == "concurrency":
             # A client that gives up one request to start another is no offender: by now its goodbye has been
@@ -91,14 +93,14 @@ class Service:
             self._upstream.leave(visit)
             connection.close()
             return
-        answer = _injected(failure) if failure.act == "answer" else self._upstream.answer(visit)
-        if failure.act == "event" and len(answer.parts) == 1:
-            answer = _injected(failure)
-        elif failure.act in ("cut", "stall", "event"):
-            await self._break(call, visit, connection, answer)
+        answer = self._deserved(visit)
+        if self._settings.gzip and accepts_gzip(call.request.headers.get("accept-encoding", "")):
+            answer = gzipped(answer)
+        head = self._head(answer, visit)
+        if failure.act in ("cut", "stall"):
+            await self._break(call, visit, connection, head, answer)
             return
         # Over before it is sent: whoever has the answer finds it in the log, and its place in flight free.
-        head = _head(answer, visit)
         self._upstream.leave(visit, answer.status, answer.code)
         connection.send(head, *_data(answer.parts), h11.EndOfMessage())
 
@@ -114,47 +116,64 @@ class Service:
                 await released.wait()
         await self._answering.wait()
 
-    async def _break(self, call: Call, visit: Visit, connection: Connection[Call], answer: Answer) -> None:
-        """Send half of the answer; then close, wait, or send an error event in place of the rest."""
+    def _deserved(self, visit: Visit) -> Answer:
+        """The proper answer, the injected one, or the beginning of the proper one with an error event after it."""
         failure = visit.failure
-        first, rest = _halves(answer.parts)
-        if failure.act == "cut":
-            head = _head(answer, visit)
+        if failure.act == "answer":
+            return _injected(failure)
+        answer = self._upstream.answer(visit)
+        if failure.act != "event":
+            return answer
+        if not answer.stream:
+            return _injected(failure)
+        error = f"event: error\ndata: {failure.body}\n\n".encode()
+        return replace(answer, parts=(*_halves(answer, failure)[0], error), code=failure.code)
+
+    async def _break(
+        self, call: Call, visit: Visit, connection: Connection[Call], head: h11.Response, answer: Answer
+    ) -> None:
+        """Send the first half of an answer; then close, or wait and send the rest."""
+        first, rest = _halves(answer, visit.failure)
+        if visit.failure.act == "cut":
             self._upstream.leave(visit, answer.status)
             connection.send(head, *_data(first))
             connection.close()
             return
-        connection.send(_head(answer, visit), *_data(first))
-        if failure.act == "stall":
-            await call.released.wait()
-        else:
-            rest = (f"event: error\ndata: {failure.body}\n\n".encode(),)
-        self._upstream.leave(visit, answer.status, failure.code)
+        connection.send(head, *_data(first))
+        await call.released.wait()
+        self._upstream.leave(visit, answer.status)
         connection.send(*_data(rest), h11.EndOfMessage())
 
+    def _head(self, answer: Answer, visit: Visit) -> h11.Response:
+        """The head of an answer; what only proper ones say is left out of an injected one."""
+        more = [("x-request-id", visit.request_id)]
+        if visit.failure.act != "answer":
+            more += visit.headers
+            more.append(("openai-processing-ms", str((time.time_ns() - visit.at) // 1_000_000)))
+        if visit.account is not None and (organization := self._settings.organization(visit.account)):
+            more.append(("openai-organization", organization))
+        return _response(answer, more)
 
-def _halves(parts: tuple[bytes, ...]) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
-    if len(parts) == 1:
-        middle = len(parts[0]) // 2
-        parts = (parts[0][:middle], parts[0][middle:])
-    middle = len(parts) // 2
-    return parts[:middle], parts[middle:]
+
+def _halves(answer: Answer, failure: Failure) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """The two halves of an answer that breaks off: see `Failure`."""
+    parts, after = answer.parts, failure.after
+    if answer.stream:
+        middle = len(parts) // 2 if after is None else after
+        return parts[:middle], parts[middle:]
+    middle = 0 if after == 0 else len(parts[0]) // 2
+    return (parts[0][:middle],), (parts[0][middle:],)
 
 
 def _injected(failure: Failure) -> Answer:
     return Answer(failure.status, failure.headers, (failure.body.encode(),), code=failure.code)
 
 
-def _head(answer: Answer, visit: Visit | None = None) -> h11.Response:
-    headers = [*answer.headers]
-    if visit is not None:
-        headers.append(("x-request-id", visit.request_id))
-    if visit is not None and visit.failure.act != "answer":
-        headers += visit.headers
-        headers.append(("openai-processing-ms", str((time.time_ns() - visit.at) // 1_000_000)))
-        if visit.account is not None:
-            headers.append(("openai-organization", visit.account))
-    if len(answer.parts) == 1:
+def _response(answer: Answer, more: Iterable[tuple[str, str]] = ()) -> h11.Response:
+    """The head of an answer, with more headers where it has not its own of that name."""
+    own = {name for name, _ in answer.headers}
+    headers = [*answer.headers, *((name, value) for name, value in more if name not in own)]
+    if not answer.stream:
         headers.append(("content-length", str(len(answer.parts[0]))))
     return h11.Response(status_code=answer.status, headers=headers)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .limits import Account, Limit
 from .meters import SECOND_NS
+from .refusals import RateHeaders
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,13 @@ class Settings:
         many until the answer, then charges what was used.
     refusals_count: a refused request consumes a request wherever there is one left.
     unknown_models: answered 404 `model_not_found`.
+    organizations: account -> what `openai-organization` names in the answers to its keys, in place of the account;
+        "" for no such header.
+    rate_headers: what answers tell of limits. "openai": of the minute's, or of the day's where there is none, with
+        their resets. "groq": of the requests of a day and of the tokens of a minute. "azure": as openai, without
+        resets. "none": nothing. Refusals tell their wait all the same.
+    gzip: whether answers are compressed for clients that accept it; a stream so that each event can be decoded as it
+        comes.
     """
 
     keys: Mapping[str, str] | Iterable[str] = field(repr=False)
@@ -41,6 +49,9 @@ class Settings:
     charge: Literal["reserved", "used"] = "reserved"
     refusals_count: bool = False
     unknown_models: Iterable[str] = ()
+    organizations: Mapping[str, str] | None = None
+    rate_headers: RateHeaders = "openai"
+    gzip: bool = False
     host: str = "127.0.0.1"
     port: int = 0
 
@@ -49,10 +60,16 @@ class Settings:
             raise TypeError("keys is a mapping or an iterable of secrets, not a string")
         if self.charge not in ("reserved", "used"):
             raise ValueError(f"charge is 'reserved' or 'used', not {self.charge!r}")
+        if self.rate_headers not in get_args(RateHeaders):
+            raise ValueError(f"rate_headers is one of {', '.join(get_args(RateHeaders))}, not {self.rate_headers!r}")
 
     def accounts(self) -> dict[str, str]:
         """The account of every secret."""
         return dict(self.keys) if isinstance(self.keys, Mapping) else {secret: secret for secret in self.keys}
+
+    def organization(self, account: str) -> str:
+        """What the answers to an account name as their organisation; "" for nothing."""
+        return (self.organizations or {}).get(account, account)
 
     def model_class(self, model: str) -> str:
         """The pattern that the model's meters belong to, or the model itself."""
@@ -76,6 +93,7 @@ class Settings:
             "account_limits": {account: asdict(limit) for account, limit in self.account_limits.items()},
             "models": {pattern: asdict(limit) for pattern, limit in self.models.items()},
             "unknown_models": list(self.unknown_models),
+            "organizations": None if self.organizations is None else dict(self.organizations),
         }
 
 

@@ -5,7 +5,7 @@ No I/O but the clock's: wall time, as the broker's store has it, which never goe
 The order of judgement, on arrival: a path that does not exist (404), an unknown key (401), a body without
 sense (400), an unknown model (404), the limits (429), an injected failure. So a failure is used up only by a
 request that the limits admitted, and that request is charged like any other; where tokens are charged by use,
-only those of an answer are.
+only those of an answer are. Only the endpoints of models have limits.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ import threading
 import time
 from collections import Counter, deque
 from typing import Any
+from urllib.parse import parse_qs
 
-from .answers import ENDPOINTS, Answer, Work, models, output_limit, prompt_tokens
+from .answers import Answer, Work, output_limit, prompt_tokens
+from .endpoints import ENDPOINTS, NO_OUTPUT
 from .failures import Failure
 from .limits import Account
 from .meters import SECOND_NS
+from .multipart import parse_form
 from .refusals import limit_headers, over_limit, refusal
+from .routes import METHODS
+from .schemas import Unsatisfiable
 from .settings import Settings
-from .visits import NO_FAILURE, Entry, Order, Visit, endpoint_of
+from .stored import Stored
+from .visits import NO_FAILURE, Entry, Order, Visit
 from .wire import Request
 
-LISTED_MODELS = ("gpt-4o", "gpt-4o-mini", "text-embedding-3-small")
+# The endpoints that take a form with a file, and the fields that the form has to have.
+FORMS: dict[str, tuple[str, ...]] = {"/files": ("purpose",), "/audio/transcriptions": ()}
 
 
 class Upstream:
@@ -40,7 +47,9 @@ class Upstream:
         self.total_connections = 0
         self._settings = settings
         self._accounts = settings.accounts()
+        self._known_accounts = frozenset(self._accounts.values())
         self._unknown_models = frozenset(settings.unknown_models)
+        self._stored = Stored(self._unknown_models)
         self._meters: dict[tuple[str, str], Account] = {}
         self._orders: deque[Order] = deque()
         self._requests = 0
@@ -60,6 +69,15 @@ class Upstream:
             self.log.clear()
             self.max_in_flight = Counter(self.in_flight)
 
+    def spend(self, account: str, model: str, requests: int = 0, tokens: int = 0) -> None:
+        """Charge what somebody else used."""
+        if account not in self._known_accounts:
+            raise ValueError(f"no key is of the account {account!r}")
+        if requests < 0 or tokens < 0:
+            raise ValueError("what was used cannot be negative")
+        with self.changed:
+            self._meters_of(account, model).spend(requests, tokens, self._clock())
+
     # from the server, in the order of a request's life
 
     def arrive(self, request: Request) -> Visit:
@@ -75,7 +93,7 @@ class Upstream:
                     self.in_flight[visit.account], self.max_in_flight[visit.account]
                 )
             visit.refused = self._senseless(visit)
-            if visit.refused is None and request.method == "POST":
+            if visit.refused is None and visit.limited:
                 self._admit(visit)
             if visit.refused is None:
                 visit.failure = self._ordered(visit)
@@ -94,17 +112,20 @@ class Upstream:
         """What the request is answered, its failure aside."""
         if visit.refused is not None:
             return visit.refused
-        if visit.request.method == "GET":
-            return models(LISTED_MODELS)
-        body = visit.body
-        endpoint = endpoint_of(visit.request.path)
-        wanted = 0 if endpoint == "/embeddings" else self._output_tokens(body)
-        limit = output_limit(body)
-        output = wanted if limit is None else min(wanted, limit)
-        work = Work(body, visit.request_id[4:], visit.at // SECOND_NS, prompt_tokens(body), output)
+        if not visit.limited:
+            return self._stored.answer(visit)
+        if unknown := self._stored.unknown_previous(visit):
+            return unknown
+        work = self._work(visit)
+        try:
+            answer = ENDPOINTS[visit.route.endpoint](work)
+        except Unsatisfiable as error:
+            return refusal(400, f"Invalid schema: {error}", "invalid_json_schema")
         if visit.held:
             visit.tokens = work.total_tokens
-        return ENDPOINTS[endpoint](work)
+        if visit.route.endpoint == "/responses":
+            self._stored.keep_response(visit.account, work)
+        return answer
 
     def leave(self, visit: Visit, status: int = 0, code: str | None = None) -> None:
         """The request is over: end its charges and log it. The first call counts."""
@@ -134,6 +155,7 @@ class Upstream:
                     connection=visit.request.connection,
                     duration_s=(now - visit.at) / SECOND_NS,
                     user=_user(visit),
+                    method=visit.request.method,
                 )
             )
             self.changed.notify_all()
@@ -153,18 +175,20 @@ class Upstream:
         return self._now
 
     def _senseless(self, visit: Visit) -> Answer | None:
-        request = visit.request
-        endpoint = endpoint_of(request.path)
-        if endpoint not in (ENDPOINTS if request.method == "POST" else ("/models",)):
+        request, route = visit.request, visit.route
+        if request.method not in METHODS.get(route.endpoint, ()):
             return refusal(404, f"Invalid URL ({request.method} {request.path})", None)
+        if route.versioned and "api-version" not in parse_qs(request.query):
+            return refusal(404, "Resource not found", "404")
         if visit.account is None:
             return refusal(401, "Incorrect API key provided.", "invalid_api_key")
-        if request.method == "GET":
+        if request.method != "POST":
             return None
-        body = _json_object(request.body)
-        if body is None:
-            return refusal(400, "We could not parse the JSON body of your request.", None)
-        visit.body = body
+        if not _read_body(visit):
+            kind = "form, with a file and all its fields," if route.endpoint in FORMS else "JSON"
+            return refusal(400, f"We could not parse the {kind} body of your request.", None)
+        if not visit.limited:
+            return None
         if visit.model is None:
             return refusal(400, "you must provide a model parameter", None)
         if visit.model in self._unknown_models:
@@ -175,17 +199,12 @@ class Upstream:
     def _admit(self, visit: Visit, *, again: bool = False) -> None:
         assert visit.account is not None
         assert visit.model is not None
-        model_class = self._settings.model_class(visit.model)
-        place = (visit.account, model_class)
-        meters = self._meters.get(place)
-        if meters is None:
-            meters = self._meters[place] = self._settings.meters(*place)
-        visit.meters = meters
+        visit.meters = meters = self._meters_of(visit.account, visit.model)
         tokens = max(output_limit(visit.body) or 0, prompt_tokens(visit.body))
         hold = self._settings.charge == "used"
         now = self._clock()
         exceeded = meters.admit(tokens, now, hold=hold)
-        visit.headers = limit_headers(meters, now)
+        visit.headers = limit_headers(meters, now, self._settings.rate_headers)
         if exceeded is not None:
             visit.refused = over_limit(visit.model, visit.account, exceeded)
             if self._settings.refusals_count and (again or exceeded.limit != "concurrency"):
@@ -194,6 +213,13 @@ class Upstream:
             visit.held = tokens
         else:
             visit.tokens = tokens
+
+    def _meters_of(self, account: str, model: str) -> Account:
+        place = (account, self._settings.model_class(model))
+        meters = self._meters.get(place)
+        if meters is None:
+            meters = self._meters[place] = self._settings.meters(*place)
+        return meters
 
     def _ordered(self, visit: Visit) -> Failure:
         order = next((order for order in self._orders if order.matches(visit)), None)
@@ -205,17 +231,42 @@ class Upstream:
                 self._orders.remove(order)
         return order.failure
 
+    def _work(self, visit: Visit) -> Work:
+        assert visit.model is not None
+        return Work(
+            body=visit.body,
+            model=visit.model,
+            id=visit.request_id[4:],
+            created=visit.at // SECOND_NS,
+            prompt_tokens=prompt_tokens(visit.body),
+            output_tokens=0 if visit.route.endpoint in NO_OUTPUT else self._output_tokens(visit.body),
+            upload=visit.upload,
+        )
+
     def _output_tokens(self, body: dict[str, Any]) -> int:
         wanted = self._settings.output_tokens
-        return wanted(body) if callable(wanted) else wanted
+        if callable(wanted):
+            wanted = wanted(body)
+        limit = output_limit(body)
+        return wanted if limit is None else min(wanted, limit)
 
 
-def _json_object(text: bytes) -> dict[str, Any] | None:
+def _read_body(visit: Visit) -> bool:
+    """Read the body of a request, JSON or a form; returns whether it is what its endpoint takes."""
+    request, needed = visit.request, FORMS.get(visit.route.endpoint)
     try:
-        value = json.loads(text)
+        if needed is not None:
+            form = parse_form(request.headers.get("content-type", ""), request.body)
+            if form is None or "file" not in form.uploads or not form.fields.keys() >= {*needed}:
+                return False
+            visit.body, visit.upload = {**form.fields}, form.uploads["file"]
+            return True
+        value = json.loads(request.body)
     except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+        return False
+    if isinstance(value, dict):
+        visit.body = value
+    return isinstance(value, dict)
 
 
 def _secret(headers: dict[str, str]) -> str | None:

@@ -8,8 +8,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from .answers import Answer
+from .endpoints import DEFAULT_MODELS, ENDPOINTS
 from .failures import Failure
 from .limits import Account
+from .multipart import Upload
+from .routes import Route, route_of
 from .wire import Request
 
 NO_FAILURE = Failure.slow(0)
@@ -21,6 +24,8 @@ class Entry:
 
     at: time.time() of its arrival.
     key: the secret as sent, also an unknown one.
+    model: Azure's deployment, else the request's model, else the one that its endpoint takes for granted.
+    path: without its query.
     status: 0 if no answer was sent.
     code: of the error, if it had one.
     limit: the name of the limit that it would have exceeded: "rpm", "rpd", "tpm", "tpd", "concurrency".
@@ -43,6 +48,7 @@ class Entry:
     connection: int
     duration_s: float
     user: str | None
+    method: str = "POST"
 
 
 def entries_over(log: Sequence[Entry]) -> list[Entry]:
@@ -59,7 +65,9 @@ class Visit:
     request_id: str
     key: str | None = None
     account: str | None = None
+    route: Route = field(init=False)
     body: dict[str, Any] = field(default_factory=dict)
+    upload: Upload | None = None
     meters: Account | None = None
     held: int = 0
     tokens: int = 0
@@ -68,11 +76,19 @@ class Visit:
     failure: Failure = NO_FAILURE
     over: bool = False
 
+    def __post_init__(self) -> None:
+        self.route = route_of(self.request.path)
+
     @property
     def model(self) -> str | None:
         """The model asked for."""
-        model = self.body.get("model")
+        model = self.route.deployment or self.body.get("model", DEFAULT_MODELS.get(self.route.endpoint))
         return model if isinstance(model, str) else None
+
+    @property
+    def limited(self) -> bool:
+        """Whether it asks for a model: only such a request is charged to limits."""
+        return self.request.method == "POST" and self.route.endpoint in ENDPOINTS
 
     @property
     def admitted(self) -> bool:
@@ -97,11 +113,5 @@ class Order:
             and self.key in (None, visit.key)
             and self.account in (None, visit.account)
             and (self.model is None or fnmatchcase(visit.model or "", self.model))
-            and (self.path is None or endpoint_of(self.path) == endpoint_of(visit.request.path))
+            and (self.path is None or route_of(self.path).covers(visit.route))
         )
-
-
-def endpoint_of(path: str) -> str:
-    """The end of a path that says what is asked, whatever the base path: with or without /v1, or Azure's."""
-    parts = path.rstrip("/").split("/")
-    return "/" + "/".join(parts[-2:] if parts[-1] == "completions" else parts[-1:])

@@ -20,10 +20,11 @@ logger = logging.getLogger("stable_openai.testing")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request; the names of headers are lower case."""
+    """One HTTP request; the names of headers are lower case, the query is as sent."""
 
     method: str
     path: str
+    query: str
     headers: dict[str, str]
     body: bytes
     connection: int
@@ -115,10 +116,12 @@ class Connection(asyncio.Protocol, Generic[V]):
 
     def _begin(self) -> None:
         assert self._head is not None
+        path, _, query = self._head.target.decode().partition("?")
         self._visit = visit = self._handler.arrived(
             Request(
                 method=self._head.method.decode(),
-                path=self._head.target.decode().partition("?")[0],
+                path=path,
+                query=query,
                 headers={name.decode(): value.decode("latin-1") for name, value in self._head.headers},
                 body=bytes(self._body),
                 connection=self._number,
