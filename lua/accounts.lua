@@ -1,16 +1,26 @@
 -- accounts.lua: an account of a class, its leases and when it can serve.
 
 local LIVE, EXPIRED, TOMB = 1, 2, 3
-local ACCOUNT, LEASE = '<dddddddddddddd', '<dddddss'
+local ACCOUNT, LEASE, LEARNED = '<ddddddddddddddd', '<dddddssd', '<Bddddd'
 local accounts, quotas, touched = {}, {}, {}
 
+-- The limits of an account: what was declared, and under it what was learned (see learning.lua): of a learned meter i,
+-- q[19 + i] says since when. (What is known of an account is read together.)
 local function quota_of(class, name)
   local q = quotas[name]
   if not q then
-    local packed = get(class, 'q:' .. name) or get(class, 'q')
+    local cell, declared, learned = cells[class], 'q:' .. name, 'h:' .. name
+    if not cell or cell[learned] == nil then cell = load(class, {declared, learned, 'a:' .. name}) end
+    local packed = cell[declared] or get(class, 'q')
     q = packed and {struct.unpack('<dddddddddddddddddd', packed)}
     if q then
       q.tz = packed:sub(145)
+      learned = cell[learned]
+      for place = 1, learned and #learned or 0, 41 do
+        local i, since, rule, limit, first, second = struct.unpack(LEARNED, learned, place)
+        local j = 4 * i - 1
+        if q[j] == 0 then q[j], q[j + 1], q[j + 2], q[j + 3], q[19 + i] = rule, limit, first, second, since end
+      end
       quotas[name] = q
     end
   end
@@ -30,9 +40,9 @@ local function account_of(class, name, q)
   local packed = get(class, 'a:' .. name)
   if packed then
     a = {struct.unpack(ACCOUNT, packed)}
-    a[15] = nil
-    local place = 113
-    if #packed > 112 then a.logs = {} end
+    a[16] = nil
+    local place = 121
+    if #packed > 120 then a.logs = {} end
     while place <= #packed do
       local i, head, before, at, amount, length
       i, head, before, at, amount, length, place = struct.unpack('<BddddI4', packed, place)
@@ -42,6 +52,7 @@ local function account_of(class, name, q)
   else
     a = {0, 0, 0, 0, 0, 0, logs = {}}
     for i = 1, 4 do begin_meter(a, i, q, class) end
+    a[15] = 0
   end
   accounts[name] = a
   return a
@@ -51,7 +62,7 @@ end
 local function finish(class)
   for name in pairs(touched) do
     local a = accounts[name]
-    local packed = struct.pack(ACCOUNT, unpack(a, 1, 14))
+    local packed = struct.pack(ACCOUNT, unpack(a, 1, 15))
     for i, m in pairs(a.logs or {}) do
       packed = packed .. struct.pack('<BddddI4', i, m[1], m[2], m[3], m[4], #m[5]) .. m[5]
     end
@@ -66,7 +77,7 @@ local function lease_of(class, id)
 end
 
 local function put_lease(class, id, lease)
-  put(class, 'l:' .. id, struct.pack(LEASE, unpack(lease, 1, 7)))
+  put(class, 'l:' .. id, struct.pack(LEASE, unpack(lease, 1, 8)))
 end
 
 local function watch(class, expiry, id, at)
@@ -76,7 +87,8 @@ local function watch(class, expiry, id, at)
 end
 
 -- When the account's meters admit a request of so many tokens (or the last of `count` such): the time, what stands in
--- the way, and whether that has no time of its own (then the time is only when to look again).
+-- the way, and whether that has no time of its own (then the time is only when to look again). Larger than a limit that
+-- was only learned is as large as it.
 local function earliest(a, q, tokens, class, count)
   local at, why, loose, held = now, false, false, q[2] == 1 and a[2] or 0
   if a[3] > at then at, why = a[3], 'cooldown' end
@@ -86,7 +98,10 @@ local function earliest(a, q, tokens, class, count)
       local rule = q[4 * i - 1]
       if rule > 0 then
         local n = i > 2 and tokens or 1
-        if n > q[4 * i] then return NEVER, i, false end
+        if n > q[4 * i] then
+          if not q[19 + i] then return NEVER, i, false end
+          n = q[4 * i]
+        end
         local time = ready(a, i, q, n, i > 2 and held or 0, at, class, count)
         if not time then
           if not loose then at, why, loose = math.max(at, now + POLL), i, true end

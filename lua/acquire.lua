@@ -21,7 +21,7 @@ listed = redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
 local first = listed[1]
 if not first then return {1} end
 load(pool, {'m', 'breaker', 'a:' .. first, 'k:' .. first})
-local seen = load(class, {'m', 'q', 'w', mark, 'l:' .. (ARGV[5] or ''), 'a:' .. first, 'q:' .. first})[mark]
+local seen = load(class, {'m', 'q', 'w', mark, 'l:' .. (ARGV[5] or ''), 'a:' .. first, 'q:' .. first, 'h:' .. first})[mark]
 local revision = seen and tick(pool)
 if not revision then return {1} end
 reap(class, expiry, ttl)

@@ -13,13 +13,15 @@ if verb == 'disable' then
   k[7] = ARGV[5] == '' and -1 or now + tonumber(ARGV[5])
   put(pool, key, cmsgpack.pack(k))
 elseif verb ~= 'wake' then
-  -- Enabled: it may be used at once. Reset: all that was concluded of it and its account is forgotten too; what has
-  -- been used stays used.
+  -- Enabled: it may be used at once. Reset: all that was concluded of it and its account is forgotten too, and the
+  -- limits that were learned; what has been used of those that were declared stays used.
   get(pool, 'a:' .. account)
   put(pool, key, false)
   put(pool, 'a:' .. account, false)
   for i = 2, verb == 'reset' and last or 0 do
-    local packed = get(KEYS[i], 'a:' .. account)
+    local known = load(KEYS[i], {'a:' .. account, 'h:' .. account})
+    local packed = known['a:' .. account]
+    if known['h:' .. account] then put(KEYS[i], 'h:' .. account, false) end
     if packed then
       put(KEYS[i], 'a:' .. account, packed:sub(1, 16) .. struct.pack('<ddd', 0, 0, 0) .. packed:sub(41))
     end

@@ -67,7 +67,7 @@ local function grant(id, tokens, account, key, weight, before)
   for i = 1, q[2] == 1 and 2 or 4 do
     if q[4 * i - 1] > 0 then charge(a, i, q, i > 2 and tokens or 1, class) end
   end
-  if q[2] == 1 then a[2] = a[2] + tokens end
+  if q[2] == 1 then a[2], a[15] = a[2] + tokens, a[15] + tokens end
   a[1], a[6] = a[1] + 1, a[6] + 1
   touched[account] = true
   local expires, probe = now + ttl, 0
@@ -80,7 +80,7 @@ local function grant(id, tokens, account, key, weight, before)
       end
     end
   end
-  put(class, 'l:' .. id, struct.pack(LEASE, LIVE, tokens, now, expires, probe, account, key))
+  put(class, 'l:' .. id, struct.pack(LEASE, LIVE, tokens, now, expires, probe, account, key, a[15] - a[2]))
   watch(class, expiry, id, expires)
   local at = earliest(a, q, 0, class)
   if at <= now then at = (before >= now + 1 or a[6] % weight == 0) and now + math.floor(a[6] / weight) % 1000 / 1000 or before end

@@ -4,8 +4,8 @@
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 how many accounts follow; accounts, then keys
 -- REPLY {breaker's reason, ms until it opens}, {for each claim of the line {its id, ms until it asks again, what stands
 --       in its way, waiting in bands 0 to 3}, ..}, {class, ..}, then for each account {live, tokens held, ms of cooldown, ms out, why,
---       and for each of the four meters {used as %.17g, limit} or {}}; then for each key {ms out, why, 401s in a row,
---       ms disabled (-1: for good)}
+--       and for each of the four meters {used as %.17g, limit, 1 if it was learned, else 0} or {}}; then for each key
+--       {ms out, why, 401s in a row, ms disabled (-1: for good)}
 
 local pool, class, expiry, reply = KEYS[1], KEYS[2], KEYS[3], {}
 local known = tick(pool)
@@ -36,7 +36,7 @@ for n = 4, 3 + ARGV[3] do
       else
         used = (windows or make_windows(class))[rule].used(a, i, q)
       end
-      row[5 + i] = {('%.17g'):format(used), q[4 * i]}
+      row[5 + i] = {('%.17g'):format(used), q[4 * i], q[19 + i] and 1 or 0}
     end
   end
   reply[#reply + 1] = row

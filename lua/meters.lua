@@ -5,8 +5,9 @@
 --   3 calendar  q: headroom, period (0: days)  a: used, start of the window in epoch ms
 -- Sliding: an exact log up to 100 entries; beyond that an entry's time is the end of its slot. The newest entry stands
 -- apart: a.logs[i] = {head, before, at, amount, log}, where `log` has the older ones as pairs of varints (time since the one
--- before, amount), `head` is the time before its first entry and `before` that of its last. A time since is twice the
--- ms, or where it is a number of slots, twice that and one.
+-- before, amount), `head` is the time before its first entry, which is that of the last entry that has expired (at first, two
+-- periods ago), and `before` that of its last. A time since is twice the ms, or where it is a number of slots, twice that
+-- and one.
 
 local windows, stale_days
 
@@ -47,7 +48,7 @@ local function make_windows(class)
       a[x], a[x + 1], m[1] = a[x] - amount, a[x + 1] - 1, m[1] + delta
     end
     if place > 1 then m[5] = m[5]:sub(place) end
-    if a[x + 1] == 1 and m[3] + period <= now then a[x], a[x + 1] = 0, 0 end
+    if a[x + 1] == 1 and m[3] + period <= now then a[x], a[x + 1], m[1], m[2] = 0, 0, m[3], m[3] end
     return m
   end
 
@@ -90,8 +91,7 @@ local function make_windows(class)
           m[4] = m[4] + n
           return
         end
-        if a[x + 1] == 0 then m[1], m[2], m[5] = at, at, ''
-        else
+        if a[x + 1] > 0 then
           local since = m[3] - m[2]
           since = since > 0 and since % slot == 0 and 2 * since / slot + 1 or 2 * since
           m[5], m[2] = m[5] .. varint(since) .. varint(m[4]), m[3]
@@ -129,8 +129,9 @@ local function make_windows(class)
         end
         return a[6 + 2 * i] > 0 and m[3] + period <= now and sum - m[4] or sum
       end,
-      fresh = function(a, i)
-        a.logs[i] = {now, now, now, 0, ''}
+      fresh = function(a, i, q)
+        local before = now - 2 * q[4 * i + 1]
+        a.logs[i] = {before, before, before, 0, ''}
         return 0, 0
       end,
       period = function(q, i) return q[4 * i + 1] end,

@@ -17,12 +17,15 @@
 --     q            the quota of the accounts that have none of their own
 --     q:<account>  the quota of an account: concurrency or 0, whether tokens are charged by use, then four numbers for
 --                  each of rpm, rpd, tpm, tpd (see meters.lua); then the time zone of its days
+--     h:<account>  limits that responses' headers told of and nobody has declared: for each the meter's number 1 to 4 (a
+--                  byte), since when, and its four numbers. What `register` declares lies over it, and drops it
 --     d:<tz>       {midnight, ..}: days of a time zone, epoch ms
 --     r:<ring>     admin revision that the ring's index has seen, when PEXPIRE was set, whether it is plain: every
 --                  account has one key, of its own name, and weight 1 (then the hash of the ring is not needed)
 --     a:<account>  live leases, tokens held, cooldown until, refusals in a row, since, turn, then two numbers for each of
---                  rpm, rpd, tpm, tpd; then the logs of sliding windows
---     l:<lease>    state, tokens, granted, expires, is a probe; then account and key
+--                  rpm, rpd, tpm, tpd, tokens that it has ever held; then the logs of sliding windows
+--     l:<lease>    state, tokens, granted, expires, is a probe; account and key; of the tokens that the account had ever
+--                  held, those that it held no longer when this was granted
 --     s:<model>    {account, ..}: up to two that have served the model
 --   stable:{pool}:expiry:<class> zset  lease -> when it expires, or when what is left of it is dropped
 --   stable:{pool}:ring:<ring>    hash  account -> "weight key weight key weight ..", the account's and each key's

@@ -1,5 +1,5 @@
 -- register.lua: make a worker's keys and limits known for one class; the last one to register wins.
--- USES meters, accounts, claims
+-- USES meters, accounts, claims, learning
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index, 6 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 ring, 3 an epoch (taken where the pool has none), 4 days as JSON
 --       {tz: [epoch ms, ..]}, 5 quotas as JSON [[18 numbers, time zone], ..], 6 members as JSON
@@ -23,34 +23,14 @@ if not listed then
 end
 for tz, days in pairs(cjson.decode(ARGV[4])) do put(class, 'd:' .. tz, cmsgpack.pack(days)) end
 
-local packed, unpacked, rows = {}, {}, {}
+local packed, rows = {}, {}
 for n, quota in ipairs(cjson.decode(ARGV[5])) do
   packed[n] = struct.pack('<dddddddddddddddddd', unpack(quota, 1, 18)) .. quota[19]
-  unpacked[n] = quota
-  quota.tz = quota[19]
 end
 local usual = get(class, 'q')
 if not usual then
   usual = packed[1]
   put(class, 'q', usual)
-end
-
--- A changed limit keeps the level, clamped to the new capacity; another rule starts with what the old one had used.
-local function carry(a, i, old, new)
-  local x, was, is = 5 + 2 * i, old[4 * i - 1], new[4 * i - 1]
-  local taken = 0
-  if was == 1 then
-    charge(a, i, old, 0, class)
-    taken = math.ceil(old[4 * i + 2] - a[x])
-  elseif was > 1 then taken = (windows or make_windows(class))[was].used(a, i, old) end
-  if was == is and (is ~= 3 or old.tz == new.tz) then
-    if is == 1 then a[x] = math.min(a[x], new[4 * i + 2]) end
-    return
-  end
-  a.logs = a.logs or {}
-  a.logs[i] = nil
-  begin_meter(a, i, new, class)
-  if is > 0 and taken > 0 then charge(a, i, new, taken, class) end
 end
 
 local members, moved, plain = cjson.decode(ARGV[6]), 0, 1
@@ -59,20 +39,23 @@ for first = 1, #members, 500 do
   local last = math.min(first + 499, #members)
   for m = first, last do
     fields[#fields + 1] = 'q:' .. members[m][1]
+    fields[#fields + 1] = 'h:' .. members[m][1]
     fields[#fields + 1] = 'a:' .. members[m][1]
   end
   local known = load(class, fields)
   for m = first, last do
     local account, n = members[m][1], members[m][2]
     if (known['q:' .. account] or usual) ~= packed[n] then
-      if known['a:' .. account] then
-        local old = quota_of(class, account)
-        local a = account_of(class, account, old)
-        for i = 1, 4 do carry(a, i, old, unpacked[n]) end
-        touched[account] = true
-      end
+      local old = known['a:' .. account] and quota_of(class, account)
       moved = moved + 1
       put(class, 'q:' .. account, packed[n] ~= usual and packed[n])
+      quotas[account] = nil
+      if old then
+        local new, a = quota_of(class, account), account_of(class, account, old)
+        for i = 1, 4 do carry(a, i, old, new, class) end
+        if known['h:' .. account] then put_learned(class, account, new) end
+        touched[account] = true
+      end
     end
     local text = table.concat(members[m], ' ', 3)
     if text ~= '1 ' .. account .. ' 1' then plain = 0 end

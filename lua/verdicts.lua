@@ -28,12 +28,6 @@ local function make_verdicts(index)
     save(field, (k[7] or k[8]) and k)
   end
 
-  -- Who returns unasked stands far behind in the index of every ring: they are zeroed, as after an admin's change.
-  local function renew_indexes()
-    local meta = get(pool, 'm')
-    put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', struct.unpack('<d', meta, 25) + 1) .. meta:sub(33))
-  end
-
   -- The lease was a probe: what it probed is well, or nothing has been learned.
   local function end_probe(id, account, key, well)
     for _, field in ipairs({'breaker', 'a:' .. account, 'k:' .. key}) do
@@ -97,8 +91,9 @@ local function make_verdicts(index)
     neutral = function(id, _, account, key) end_probe(id, account, key, false) end,
 
     -- The account rests for as long as the server says, else for 1 s doubling to a minute; what had been granted
-    -- before the last rest began does not double it.
-    limited = function(id, lease, account, key, _, wait, jitter)
+    -- before the last rest began does not double it. So long do its siblings, of those that the caller's ring holds
+    -- (others may be nobody's, and would be kept for nothing).
+    limited = function(id, lease, account, key, _, wait, jitter, siblings)
       end_probe(id, account, key, true)
       failed(id, account, '')
       local a = account_of(class, account, quota_of(class, account))
@@ -109,6 +104,13 @@ local function make_verdicts(index)
       end
       a[3] = math.max(a[3], now + math.floor(wait * (1 + jitter / 10)))
       touched[account] = true
+      for sibling in siblings:gmatch('[^\n]+') do
+        if redis.call('ZSCORE', index, sibling) then
+          local s = account_of(class, sibling, quota_of(class, sibling))
+          s[3] = math.max(s[3], a[3])
+          touched[sibling] = true
+        end
+      end
     end,
 
     account = function(id, _, account, key, _, reason)
@@ -141,8 +143,7 @@ local function make_verdicts(index)
             heal_key('k:' .. other, k)
           end
         end
-        if returned then renew_indexes() end
-        healed = healed or returned
+        healed, reordered = healed or returned, reordered or returned
         end_probe(id, account, key, false)
         return 'fault'
       end
@@ -178,7 +179,7 @@ local function make_verdicts(index)
 end
 
 -- What follows from an outcome; returns the advice to who settled.
-local function conclude(id, lease, account, key, model, outcome, detail, jitter, index)
+local function conclude(id, lease, account, key, model, outcome, detail, jitter, siblings, index)
   if outcome == 'ok' then
     local a, packed = account_of(class, account, quota_of(class, account)), get(class, 's:' .. model)
     if a[4] > 0 then a[4] = 0; touched[account] = true end
@@ -192,5 +193,5 @@ local function conclude(id, lease, account, key, model, outcome, detail, jitter,
     end
   end
   verdicts = verdicts or make_verdicts(index)
-  return (verdicts[outcome] or verdicts.neutral)(id, lease, account, key, model, detail, jitter) or ''
+  return (verdicts[outcome] or verdicts.neutral)(id, lease, account, key, model, detail, jitter, siblings) or ''
 end

@@ -10,12 +10,12 @@ from time import monotonic
 from typing import Any, ParamSpec, TypeVar, overload
 
 from stable_openai._drive import adrive, adrive_generator, drive, drive_generator, result
-from stable_openai._estimate import estimate_tokens
-from stable_openai._flow import Flow, Outcome, Policy, Raised, Returned, call
+from stable_openai._flow import Deliver, Flow, Outcome, Policy, Raised, Returned, Started, call
 from stable_openai._lease import Lease
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict
 from stable_openai._waiter import BANDS, Request
+from stable_openai._worker import Report
 from stable_openai.errors import ConfigurationError
 from stable_openai.manager import PRIORITY, KeyManager, check_number, default_manager
 
@@ -26,6 +26,7 @@ R = TypeVar("R")
 
 BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 PROVIDED = ("api_key", "client", "base_url", "lease")
+_BARE = frozenset({"api_key", "base_url"})
 ATTEMPTS = 6
 
 INJECTED: Any = None
@@ -171,8 +172,7 @@ class Decorated:
                 args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return await function(*args, **kwargs)
-                one = OneCall(made, args, kwargs, is_async=True)
-                return result(await adrive(one.flow(), one.worker, one.backend, one.aattempt))
+                return await OneCall(made, args, kwargs, is_async=True).arun()
 
         else:
 
@@ -180,8 +180,7 @@ class Decorated:
                 args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return function(*args, **kwargs)
-                one = OneCall(made, args, kwargs)
-                return result(drive(one.flow(), one.worker, one.backend, one.attempt))
+                return OneCall(made, args, kwargs).run()
 
         update_wrapper(wrapped, function)
         visible = [parameter for name, parameter in self.signature.parameters.items() if name not in self.injected]
@@ -219,16 +218,14 @@ class Decorated:
         tokens = self.tokens
         if callable(tokens):
             tokens = tokens(*args, **kwargs)
-        elif tokens is None and manager.counts_tokens(model):
-            named = dict(zip(self.positions, args))
-            tokens = estimate_tokens({**self.defaults, **named, **kwargs})
         priority, affinity = self.priority, self.affinity
         if callable(priority):
             priority = priority(*args, **kwargs)
         liked: object = None
         if affinity is not None:
             liked = affinity(*args, **kwargs) if callable(affinity) else self.argument(affinity, args, kwargs)
-        return manager.request(model, tokens, self.max_wait, priority, liked)
+        arguments = {**self.defaults, **dict(zip(self.positions, args)), **kwargs} if tokens is None else None
+        return manager.request(model, tokens, self.max_wait, priority, liked, arguments)
 
 
 def _by_name(parameter: inspect.Parameter) -> bool:
@@ -238,7 +235,7 @@ def _by_name(parameter: inspect.Parameter) -> bool:
 class OneCall:
     """One call of a decorated function."""
 
-    __slots__ = ("args", "backend", "decorated", "is_async", "kwargs", "lease", "manager", "request", "worker")
+    __slots__ = ("args", "backend", "decorated", "is_async", "kwargs", "lease", "manager", "request", "value", "worker")
 
     def __init__(
         self, decorated: Decorated, args: tuple[Any, ...], kwargs: dict[str, Any], is_async: bool = False
@@ -249,6 +246,25 @@ class OneCall:
         self.worker, self.backend = manager._worker, manager._backend
         self.request = decorated.request(manager, args, kwargs)
         self.lease: Lease | None = None
+        self.value: Any = None
+
+    def run(self) -> Any:
+        flow, worker, backend = self.flow(), self.worker, self.backend
+        outcome = drive(flow, worker, backend, self.attempt)
+        if type(outcome) is not Deliver:
+            return result(outcome)
+        self._lease.outlive(lambda outcome: drive(flow, worker, backend, None, outcome), flow.close)
+        return self.value
+
+    async def arun(self) -> Any:
+        flow, worker, backend = self.flow(), self.worker, self.backend
+        outcome = await adrive(flow, worker, backend, self.aattempt)
+        if type(outcome) is not Deliver:
+            return result(outcome)
+        ended = self._lease.outlive(lambda outcome: adrive(flow, worker, backend, None, outcome), flow.close)
+        if ended is not None:
+            await ended
+        return self.value
 
     def flow(self) -> Flow:
         if "client" in self.decorated.injected:
@@ -263,14 +279,17 @@ class OneCall:
             loop = get_running_loop()
         return (yield from call(self.worker, self.request, self.decorated.policy, loop, monotonic(), self.reported))
 
-    def reported(self) -> tuple[int | None, Verdict | None]:
-        return self.lease.reported() if self.lease else (None, None)
+    def reported(self) -> Report:
+        return self.lease.reported() if self.lease else Report()
 
     def injection(self, granted: Granted) -> dict[str, Any]:
         """The function's keyword arguments, with what it declares."""
         key = self.worker.known[granted.key]
         given = dict(self.kwargs)
+        policy = self.decorated.policy
         self.lease = None
+        if not _BARE.issuperset(self.decorated.injected):
+            self.lease = Lease(self.worker, self.backend, self.request, granted, policy.classify)
         for name in self.decorated.injected:
             if name == "api_key":
                 given[name] = key.secret.reveal()
@@ -279,24 +298,35 @@ class OneCall:
             elif name == "client":
                 from stable_openai._clients import client_for
 
-                given[name] = client_for(key, self.is_async)
+                given[name] = client_for(self.manager, self._lease, self.is_async)
             else:
-                policy = self.decorated.policy
-                given[name] = self.lease = Lease(self.worker, self.backend, self.request, granted, policy.classify)
+                given[name] = self.lease
         return given
+
+    @property
+    def _lease(self) -> Lease:
+        assert self.lease is not None
+        return self.lease
+
+    def _returned(self, value: Any) -> Outcome:
+        """What the function returned: a stream of its client, if one is still open, is delivered by that."""
+        if self.lease is None or self.lease.is_over():
+            return Returned(value)
+        self.value = value
+        return Started()
 
     def arguments_for(self, granted: Granted) -> Any:
         return self.decorated.function(*self.args, **self.injection(granted))
 
     def attempt(self, granted: Granted) -> Outcome:
         try:
-            return Returned(self.arguments_for(granted))
+            return self._returned(self.arguments_for(granted))
         except BaseException as error:
             return Raised(error)
 
     async def aattempt(self, granted: Granted) -> Outcome:
         try:
-            return Returned(await self.arguments_for(granted))
+            return self._returned(await self.arguments_for(granted))
         except BaseException as error:
             return Raised(error)
 

@@ -34,14 +34,26 @@ BROKEN_S = 0.1
 LISTEN_AFTER_S = 0.25  # a shorter wait is not worth a blocking pop
 
 
-def drive(flow: Flow, worker: Worker, backend: Any, attempt: Callable[[Granted], Outcome] | None = None) -> Any:
-    """Drive a flow in this thread; returns what it returns."""
+def drive(
+    flow: Flow,
+    worker: Worker,
+    backend: Any,
+    attempt: Callable[[Granted], Outcome] | None = None,
+    delivered: Outcome | None = None,
+) -> Any:
+    """Drive a flow in this thread; returns what it returns.
+
+    Where an attempt has begun what somebody else delivers (a response's stream), this returns Deliver() and the flow
+    is not over: whoever delivers drives it again with what came of that, or drops it.
+    """
     send = flow.send
     try:
-        effect = next(flow)
+        effect = send(None if delivered is None else (monotonic(), delivered))
         while True:
             if type(effect) is Attempt:
                 value: Any = attempt(effect.lease)  # type: ignore[misc]
+            elif type(effect) is Deliver:
+                return effect
             else:
                 try:
                     value = perform(worker, backend, effect)
@@ -54,16 +66,23 @@ def drive(flow: Flow, worker: Worker, backend: Any, attempt: Callable[[Granted],
 
 
 async def adrive(
-    flow: Flow, worker: Worker, backend: Any, attempt: Callable[[Granted], Awaitable[Outcome]] | None = None
+    flow: Flow,
+    worker: Worker,
+    backend: Any,
+    attempt: Callable[[Granted], Awaitable[Outcome]] | None = None,
+    delivered: Outcome | None = None,
 ) -> Any:
-    """Drive a flow on the running event loop."""
+    """The same on the running event loop."""
     send = flow.send
     cancelled: list[BaseException] = []
+    effect: Any = None
     try:
-        effect = next(flow)
+        effect = send(None if delivered is None else (monotonic(), delivered))
         while True:
             if type(effect) is Attempt and not cancelled:
                 value: Any = await attempt(effect.lease)  # type: ignore[misc]
+            elif type(effect) is Deliver:
+                return effect
             else:
                 try:
                     value = await aperform(worker, backend, effect, cancelled)
@@ -80,7 +99,8 @@ async def adrive(
             raise cancelled[0] from error
         raise
     finally:
-        flow.close()
+        if type(effect) is not Deliver:
+            flow.close()
 
 
 def drive_generator(

@@ -26,7 +26,7 @@ from stable_openai._obtain import Sleep, obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, judge, redact
 from stable_openai._waiter import Request, Waiter
-from stable_openai._worker import Worker
+from stable_openai._worker import Report, Worker
 from stable_openai.errors import ConfigurationError
 
 __all__ = [
@@ -70,13 +70,15 @@ class Policy(NamedTuple):
     classify: Callable[[BaseException], Verdict | None] | None = None
 
 
-def call(worker: Worker, request: Request, policy: Policy, loop: Any, began: float, report: Callable[[], Any]) -> Flow:
+def call(
+    worker: Worker, request: Request, policy: Policy, loop: Any, began: float, report: Callable[[], Report]
+) -> Flow:
     """One call, from the first lease to the answer; returns the last outcome, Returned or Raised.
 
     Args:
         loop: the event loop that it runs on; None for a thread.
         began: the time at which the call began; its deadline is `request.max_wait` seconds later.
-        report: gives what the user reported of the lease during the attempt: (tokens, verdict).
+        report: gives what is known of the attempt beside its outcome.
     """
     deadline = began + request.max_wait
     avoid: tuple[str, ...] = ()
@@ -96,28 +98,28 @@ def call(worker: Worker, request: Request, policy: Policy, loop: Any, began: flo
             if started:
                 now, outcome = yield Deliver()
         except GeneratorExit:  # the driver was closed or dropped, maybe by the garbage collector: no I/O
-            worker.abandon(request, lease, "neutral", report()[0])
+            worker.abandon(request, lease, "neutral", report())
             raise
         except BaseException:  # cancelled before the attempt was made
             yield from worker.settle(request, lease, "unsent")
             raise
-        tokens, verdict = report()
+        told = report()
         if type(outcome) is Returned:
-            yield from worker.settle(request, lease, *outcome_of(verdict), tokens=tokens)
+            yield from worker.settle(request, lease, *outcome_of(told.verdict), told)
             return outcome
         error = outcome.error
         if isinstance(error, GeneratorExit):  # closed or dropped: maybe by the garbage collector, so without I/O
-            worker.abandon(request, lease, "neutral", tokens)
+            worker.abandon(request, lease, "neutral", told)
             return outcome
         try:
-            verdict = verdict or verdict_of(error, policy.classify)
+            verdict = told.verdict or verdict_of(error, policy.classify)
         except Exception as mistake:  # in the user's classify: the lease must not stay open for it
             redact(mistake)
             redact(error)
-            yield from worker.settle(request, lease, "neutral", tokens=tokens)
+            yield from worker.settle(request, lease, "neutral", "", told)
             raise mistake from error
         redact(error)
-        advice = yield from worker.settle(request, lease, *outcome_of(verdict), tokens=tokens)
+        advice = yield from worker.settle(request, lease, *outcome_of(verdict), told)
         worker.note(lease, verdict, advice)
         if started or verdict.action == "raise" or advice == "fault":
             return outcome

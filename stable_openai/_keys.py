@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
-from stable_openai._limits import Limits
+from stable_openai._limits import Limits, matches
 from stable_openai.errors import ConfigurationError
 
 __all__ = ["Key", "Secret", "as_keys", "normalise_url"]
@@ -48,15 +48,20 @@ class Key:
         account: who owns the quotas. Keys of one OpenAI organisation or project share one account; by default
             a key is its own.
         limits: what is known of this account's limits; it goes field by field over the manager's.
-        models: the models (exact names or patterns such as "gpt-4o*") that this key serves; None: all.
-        base_url: the endpoint that this key belongs to; None: the client's own default.
+        models: the models (exact names or patterns such as "gpt-4o*") that this key serves; None: all. A mapping also
+            says under which name this key's endpoint knows each: `{"gpt-4o": "my-deployment"}`.
+        base_url: the endpoint that this key belongs to, such as "https://host/v1"; None: the client's own default.
+        api_version: of an Azure resource whose deployments are addressed by their names ("2024-10-21"; base_url is
+            then "https://my-resource.openai.azure.com"). Azure's newer "/openai/v1" needs none.
         weight: a whole number; a key of weight 2 is chosen twice as often among those that are ready.
 
     >>> Key("sk-a", name="team-a", account="org-1").name
     'team-a'
     """
 
-    __slots__ = ("account", "base_url", "fingerprint", "limits", "models", "name", "secret", "weight")
+    __slots__ = (
+        "account", "api_version", "base_url", "fingerprint", "limits", "models", "name", "names", "secret", "weight",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -65,8 +70,9 @@ class Key:
         name: str | None = None,
         account: str | None = None,
         limits: Limits | None = None,
-        models: Iterable[str] | None = None,
+        models: Iterable[str] | Mapping[str, str] | None = None,
         base_url: str | None = None,
+        api_version: str | None = None,
         weight: int = 1,
     ) -> None:
         if not isinstance(secret, str) or not secret.strip():
@@ -84,6 +90,11 @@ class Key:
                 raise ConfigurationError(field, "holds the key itself; use a name that may be shown")
         if isinstance(models, str):
             raise ConfigurationError("models", f"must be a list of names; write [{models!r}]")
+        self.names = dict(models) if isinstance(models, Mapping) else {}
+        if not all(isinstance(name, str) and name and name.isprintable() for name in self.names.values()):
+            raise ConfigurationError("models", "must map the names of models to those that the endpoint knows")
+        if api_version is not None and (not isinstance(api_version, str) or not api_version or not base_url):
+            raise ConfigurationError("api_version", "is a date such as '2024-10-21', beside the base_url of a resource")
         models = None if models is None else tuple(models)
         if models is not None and not all(isinstance(model, str) and model for model in models):
             raise ConfigurationError("models", "must be a list of names or patterns such as 'gpt-4o*'")
@@ -93,6 +104,7 @@ class Key:
 
         self.secret = Secret(secret)
         self.base_url = normalise_url(base_url)
+        self.api_version = api_version
         identity = f"{self.base_url or ''}\0{secret}".encode()
         self.fingerprint = hashlib.blake2b(identity, digest_size=8).hexdigest()
         self.name = name or self.fingerprint
@@ -100,6 +112,12 @@ class Key:
         self.limits = limits
         self.models = models
         self.weight = weight
+
+    def called(self, model: str) -> str:
+        """The name under which the key's endpoint knows a model."""
+        if not self.names or not model:
+            return model
+        return self.names.get(model) or next((to for of, to in self.names.items() if matches(model, of)), model)
 
     def __repr__(self) -> str:
         return f"Key('***', name={self.name!r}, account={self.account!r}, fingerprint={self.fingerprint!r})"

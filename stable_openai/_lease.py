@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from threading import RLock
 from time import monotonic
 from types import TracebackType
 from typing import Any, NoReturn
 
 from stable_openai._drive import adrive, drive
-from stable_openai._flow import Sleep, verdict_of
+from stable_openai._flow import Outcome, Raised, Returned, Sleep, verdict_of
 from stable_openai._flow import outcome_of as _outcome_of
 from stable_openai._keys import Key
 from stable_openai._obtain import obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, redact, verdict_of_response
 from stable_openai._waiter import Request
-from stable_openai._worker import Worker
+from stable_openai._worker import Report, Worker
 from stable_openai.errors import ConfigurationError
 
 __all__ = ["Lease"]
@@ -48,8 +49,15 @@ class Lease:
         self._request = request
         self._granted = granted
         self._classify = classify
-        self._tokens: int | None = None
-        self._verdict: Verdict | None = None
+        self._told = Report()
+        self._used: list[int] = []
+        # The requests that are under way and the bodies that are still read: the lease lives until the last of them
+        # has ended, and takes no further ones when it is over.
+        self._bodies = 0
+        self._over = False
+        self._body_error: BaseException | None = None
+        self._rest: tuple[Callable[[Outcome], Any], Callable[[], None]] | None = None
+        self._mutex = RLock()
 
     @property
     def id(self) -> str:
@@ -60,6 +68,11 @@ class Lease:
     def key(self) -> Key:
         """The key; its secret is hidden."""
         return self._worker.known[self._held.key]
+
+    @property
+    def request(self) -> Request:
+        """What was asked for."""
+        return self._request
 
     @property
     def api_key(self) -> str:
@@ -85,30 +98,90 @@ class Lease:
         Args:
             tokens: the tokens really used, in and out.
             status: the HTTP status of the response.
-            headers: its headers (names in lower case, or a mapping that ignores case), for the server's wait.
+            headers: its headers (names in lower case, or a mapping that ignores case): the server's wait, and what they
+                say of the account's limits.
             error: an exception, or the decoded body of an error response.
         """
         if tokens is not None:
             if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
                 raise ConfigurationError("tokens", "must be a whole number, 0 or more")
-            self._tokens = tokens
+            self._used.clear()
+            self._tell(tokens=tokens)
+        if headers:
+            from stable_openai._headers import seen_in  # here, so that importing the package stays quick
+
+            seen, organization = seen_in(headers), headers.get("openai-organization") or ""
+            self._tell(seen=seen or self._told.seen, organization=organization)
         if isinstance(error, BaseException):
-            self._verdict = verdict_of(error, self._classify)
+            self._tell(verdict=verdict_of(error, self._classify))
         elif status is not None:
             # A success takes back what was reported before.
-            self._verdict = verdict_of_response(status, headers or {}, error) if status >= 400 else None
+            verdict = verdict_of_response(status, headers or {}, error) if status >= 400 else None
+            self._tell(verdict=verdict)
+
+    def _tell(self, **said: Any) -> None:
+        with self._mutex:  # requests of one lease may be under way in several threads
+            self._told = self._told._replace(**said)
+
+    def used(self, tokens: int | None) -> None:
+        """A request of this lease used so many tokens, beside what others of it did."""
+        if tokens is not None:
+            self._used.append(tokens)
+
+    def begin(self) -> bool:
+        """A request begins; `end_body` or `drop_body` says that it, or the body of its answer, has ended. False: the
+        lease is over."""
+        with self._mutex:
+            if self._over or self._granted is None or self._granted.id not in self._worker.live:
+                return False
+            self._bodies += 1
+        return True
+
+    def end_body(self, outcome: Outcome) -> Any:
+        """A body was read to its end, or broke off."""
+        with self._mutex:
+            self._bodies -= 1
+            if type(outcome) is Raised:
+                self._body_error = outcome.error
+            rest, self._rest = (None, self._rest) if self._bodies else (self._rest, None)
+            error = self._body_error
+        return rest and rest[0](outcome if error is None else Raised(error))
+
+    def drop_body(self) -> None:
+        """A body was not read to its end: what follows does no I/O."""
+        with self._mutex:
+            self._bodies -= 1
+            rest, self._rest = (None, self._rest) if self._bodies else (self._rest, None)
+        if rest:
+            rest[1]()
+
+    def is_over(self) -> bool:
+        """Whether nothing is under way: if so, nothing begins any more."""
+        with self._mutex:
+            self._over = not self._bodies
+        return self._over
+
+    def outlive(self, end: Callable[[Outcome], Any], drop: Callable[[], None]) -> Any:
+        """Whoever leased has returned, and bodies are still read: call one of these with the last of them."""
+        with self._mutex:
+            if not self.is_over():
+                self._rest = (end, drop)
+                return None
+        return end(Returned(None))
 
     def unproven(self) -> None:
         """Nothing was sent by whoever holds the lease, so its end proves nothing of the key."""
-        self._verdict = Verdict("neutral", "raise")
+        self._tell(verdict=Verdict("neutral", "raise"))
 
-    def reported(self) -> tuple[int | None, Verdict | None]:
-        return self._tokens, self._verdict
+    def reported(self) -> Report:
+        """What was reported, and what the requests used beside that."""
+        told, used = self._told, sum(tuple(self._used))
+        return told._replace(tokens=(told.tokens or 0) + used) if self._used else told
 
     def _open(self, loop: Any) -> Any:
         if self._granted is not None:
             raise RuntimeError("the lease is held already: make one for each use")
-        self._tokens = self._verdict = None
+        self._told = Report()
         began = monotonic()
         request = self._request
         _, found, _ = yield from obtain(self._worker, request, loop, began, began + request.max_wait)
@@ -124,19 +197,19 @@ class Lease:
     def _end(self, error: BaseException | None) -> Any:
         lease = self._held
         if isinstance(error, GeneratorExit):  # maybe from the garbage collector: no I/O
-            self._worker.abandon(self._request, lease, "neutral", self._tokens)
+            self._worker.abandon(self._request, lease, "neutral", self.reported())
             return
-        mistake = None
+        mistake, verdict = None, self._told.verdict
         if error is not None:
             try:
-                self._verdict = self._verdict or verdict_of(error, self._classify)
+                verdict = verdict or verdict_of(error, self._classify)
             except Exception as raised:  # in the user's classify: the lease must not stay open for it
-                mistake, self._verdict = raised, Verdict("neutral", "raise")
+                mistake, verdict = raised, Verdict("neutral", "raise")
                 redact(mistake)
             redact(error)
-        advice = yield from self._worker.settle(self._request, lease, *_outcome_of(self._verdict), tokens=self._tokens)
-        if self._verdict is not None:
-            self._worker.note(lease, self._verdict, advice)
+        advice = yield from self._worker.settle(self._request, lease, *_outcome_of(verdict), self.reported())
+        if verdict is not None:
+            self._worker.note(lease, verdict, advice)
         if mistake is not None:
             raise mistake from error
 

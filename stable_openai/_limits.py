@@ -18,11 +18,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 from stable_openai.errors import ConfigurationError
 
-__all__ = ["BUCKET", "CALENDAR", "METERS", "SLIDING", "Limits", "Meter", "Quota", "class_of", "day_starts", "quota"]
+__all__ = [
+    "BUCKET",
+    "CALENDAR",
+    "METERS",
+    "MOST",
+    "SLIDING",
+    "Limits",
+    "Meter",
+    "Quota",
+    "class_of",
+    "day_starts",
+    "quota",
+    "seen_text",
+]
 
 Rule = Literal["bucket", "sliding", "calendar"]
 Meter = tuple[float, float, float, float]
@@ -119,29 +133,56 @@ def serves(models: Iterable[str] | None, model: str) -> bool:
 
 def quota(limits: Limits, headroom_s: float) -> Quota:
     """Compile limits into the numbers that the backends work with; see the head of this module."""
-    minute = limits.rule or "bucket"
-    day = limits.day_rule or minute
-    burst_ms = None if limits.burst_s is None else limits.burst_s * 1000
-    headroom_ms = math.ceil(headroom_s * 1000)
-
-    def meter(limit: int | None, rule: str, period: int, slots: int) -> Meter:
-        if limit is None:
-            return (0, 0, 0, 0)
-        if rule == "bucket":
-            return (BUCKET, limit, limit / period, _capacity(limit, period, burst_ms, headroom_ms))
-        if rule == "sliding":
-            return (SLIDING, limit, period + headroom_ms, math.ceil(period / slots))
-        return (CALENDAR, limit, headroom_ms, 0 if period == DAY_MS else period)
-
-    meters = (
-        meter(limits.rpm, minute, MINUTE_MS, MINUTE_SLOTS),
-        meter(limits.rpd, day, DAY_MS, DAY_SLOTS),
-        meter(limits.tpm, minute, MINUTE_MS, MINUTE_SLOTS),
-        meter(limits.tpd, day, DAY_MS, DAY_SLOTS),
-    )
+    meters = [_meter(number, getattr(limits, name), limits, headroom_s) for number, name in enumerate(METERS)]
     days = any(rule == CALENDAR and not period for rule, _, _, period in meters)
     numbers = (number for meter in meters for number in meter)
     return (limits.concurrency or 0, int(limits.charge == "used"), *numbers, (limits.tz or "UTC") if days else "")
+
+
+def _meter(number: int, limit: int | None, limits: Limits, headroom_s: float) -> Meter:
+    """The meter `number` of METERS with a limit, under the rules of `limits`."""
+    if limit is None:
+        return (0, 0, 0, 0)
+    minute = limits.rule or "bucket"
+    day = number % 2 == 1
+    period, slots = (DAY_MS, DAY_SLOTS) if day else (MINUTE_MS, MINUTE_SLOTS)
+    rule = (limits.day_rule or minute) if day else minute
+    headroom_ms = math.ceil(headroom_s * 1000)
+    if rule == "bucket":
+        burst_ms = None if limits.burst_s is None else limits.burst_s * 1000
+        return (BUCKET, limit, limit / period, _capacity(limit, period, burst_ms, headroom_ms))
+    if rule == "sliding":
+        return (SLIDING, limit, period + headroom_ms, math.ceil(period / slots))
+    return (CALENDAR, limit, headroom_ms, 0 if day else period)
+
+
+def seen_text(rows: Iterable[tuple[int, int | None, int | None]], limits: Limits, headroom_s: float) -> str:
+    """What a response's headers said, as the store reads it (lua/learning.lua): for each row (number of METERS, limit,
+    remaining) six words, the last three what the meter is under the rules of `limits` if nobody has declared it; the
+    rows joined by ";". What is not known is "-"; a row that cannot be is left out.
+
+    >>> seen_text([(0, 60, 59), (2, None, 100)], Limits(), 0.25)
+    '0 60 59 1 0.001 59;2 - 100 0 0 0'
+    """
+    known = []
+    for number, limit, remaining in rows:
+        if limit is not None and not 1 <= limit <= MOST:
+            continue
+        if remaining is not None and not 0 <= remaining <= (limit or MOST):
+            continue
+        left = "-" if remaining is None else remaining
+        known.append(f"{number} {limit or '-'} {left} {_if_learned(number, limit, limits, headroom_s)}")
+    return ";".join(known)
+
+
+@lru_cache(maxsize=1024)
+def _if_learned(number: int, limit: int | None, limits: Limits, headroom_s: float) -> str:
+    """Rule and two numbers of a learned meter. Days of the calendar need a time zone that is registered, and so are
+    buckets."""
+    rule, _, first, second = _meter(number, limit, limits, headroom_s)
+    if rule == CALENDAR and not second:
+        rule, _, first, second = _meter(number, limit, Limits(day_rule="bucket").over(limits), headroom_s)
+    return f"{rule} {first:.17g} {second:.17g}"
 
 
 def _capacity(limit: int, period: int, burst_ms: float | None, headroom_ms: int) -> int:

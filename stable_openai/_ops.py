@@ -114,7 +114,9 @@ class Demand(NamedTuple):
 
 
 class Closing(NamedTuple):
-    """How a lease ended. `outcome` and `detail` are those of settle.lua; tokens None: not known."""
+    """How a lease ended. `outcome` and `detail` are those of settle.lua; tokens None: not known. `seen` is what the
+    response's headers said of limits (see _limits.seen_text); `siblings` are accounts that share this one's quota
+    though nobody has declared it."""
 
     id: str
     account: str
@@ -124,6 +126,8 @@ class Closing(NamedTuple):
     tokens: int | None = None
     detail: str = ""
     jitter: float = 0.0
+    seen: str = ""
+    siblings: tuple[str, ...] = ()
 
 
 class Register(NamedTuple):
@@ -236,8 +240,8 @@ class AccountRow(NamedTuple):
     cooldown_ms: int
     out_ms: int
     reason: str
-    meters: dict[str, tuple[float, int]]
-    """The limits that are known: name -> (used, limit)."""
+    meters: dict[str, tuple[float, int, bool]]
+    """The limits that are known: name -> (used, limit, whether it was learned from responses)."""
 
 
 class KeyRow(NamedTuple):
@@ -331,8 +335,9 @@ def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
     args: list[Any] = [now, op.ttl_ms, len(op.to.fingerprints)]
     for closing in op.closings:
         args += closing
+        args[-1] = "\n".join(closing.siblings)
         if closing.tokens is None:
-            args[-3] = ""
+            args[-5] = ""
     return (keys[0], keys[1], keys[2], keys[4], keys[5]), args
 
 
@@ -350,7 +355,7 @@ def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
     line = [ClaimRow(_text(claim), ms, _text(why), tuple(bands)) for claim, ms, why, *bands in claims]
     accounts = {}
     for member, (live, held, cooldown, out, why, *meters) in zip(op.to.members, rows):
-        known = {name: (float(row[0]), int(row[1])) for name, row in zip(METERS, meters) if row}
+        known = {name: (float(row[0]), int(row[1]), row[2] == 1) for name, row in zip(METERS, meters) if row}
         accounts[member.account] = AccountRow(live, held, cooldown, out, _text(why), known)
     keys = {
         fingerprint: KeyRow(out, _text(why), failures, disabled)

@@ -12,12 +12,14 @@ __all__ = ["KeyStatus", "LineStatus", "MeterStatus", "Status", "key_states", "li
 
 @dataclass(frozen=True)
 class MeterStatus:
-    """How much of one limit is used. `model_class` is the class of models, `limit` such as "rpm"."""
+    """How much of one limit is used. `model_class` is the class of models, `limit` such as "rpm"; `learned`: nobody
+    declared it, the upstream's responses said so."""
 
     model_class: str
     limit: str
     used: float
     of: int
+    learned: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class KeyStatus:
     """One key: its state, why, and for how long.
 
     `state` is "ready", "cooldown" (refused for its rate), "out" (in `seconds` the next call that needs it probes it) or
-    "disabled"; `seconds` is None where a person has to end it. `live` are the leases of its account.
+    "disabled"; `seconds` is None where a person has to end it. `live` are the leases of its account. `organization` is
+    what this key shares with another, by what responses said, though they are declared as two accounts; else "".
     """
 
     name: str
@@ -36,6 +39,7 @@ class KeyStatus:
     seconds: float | None
     live: int
     meters: tuple[MeterStatus, ...]
+    organization: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _key_state(worker: Worker, fingerprint: str, seen: list[tuple[Registration, 
             classes.add(to.model_class)
         else:
             account = account._replace(meters={})
-        meters += [MeterStatus(to.model_class, name, used, of) for name, (used, of) in account.meters.items()]
+        meters += [MeterStatus(to.model_class, name, *used) for name, used in account.meters.items()]
         if row.disabled_ms:
             state, reason, ms = "disabled", "disabled", row.disabled_ms
         elif row.reason or account.reason:
@@ -108,4 +112,5 @@ def _key_state(worker: Worker, fingerprint: str, seen: list[tuple[Registration, 
         elif account.cooldown_ms > ms and state in ("ready", "cooldown"):
             state, reason, ms = "cooldown", f"rate limit of {to.model_class}", account.cooldown_ms
     seconds = None if ms < 0 else ms / 1000
-    return KeyStatus(key.name, fingerprint, key.account, state, reason, seconds, live, tuple(meters))
+    shared = worker.siblings.organization(key.account)
+    return KeyStatus(key.name, fingerprint, key.account, state, reason, seconds, live, tuple(meters), shared)

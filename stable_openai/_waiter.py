@@ -15,13 +15,14 @@ BANDS = 4
 
 class Request(NamedTuple):
     """What a call asks for: the model ("-": none), the tokens it reserves, how long it is willing to wait in s, its
-    band (0 the most urgent to 3) and the accounts that it likes best."""
+    band (0 the most urgent to 3), the accounts that it likes best, and the tokens of its prompt (-1: not estimated)."""
 
     model: str
     tokens: int
     max_wait: float
     band: int = 1
     wanted: tuple[str, ...] = ()
+    prompt: int = -1
 
 
 class Waiting(NamedTuple):

@@ -15,10 +15,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from stable_openai._estimate import Estimate, Outputs
 from stable_openai._keys import Key
-from stable_openai._limits import Limits, Quota, class_of, day_starts, quota, serves
+from stable_openai._limits import Limits, Quota, class_of, day_starts, quota, seen_text, serves
 from stable_openai._line import Line
 from stable_openai._ops import (
     Acquire,
@@ -37,11 +38,12 @@ from stable_openai._ops import (
     Settle,
     Snapshot,
 )
+from stable_openai._siblings import Siblings
 from stable_openai._verdict import Verdict
 from stable_openai._waiter import Request, Waiter, Waiting
 from stable_openai.errors import BrokerUnavailable, ConfigurationError, NoKeys
 
-__all__ = ["Worker"]
+__all__ = ["Report", "Worker"]
 
 log = logging.getLogger("stable_openai.leases")
 waiting_log = logging.getLogger("stable_openai.waiting")
@@ -50,6 +52,20 @@ LONGEST_HOLD_MS = 900_000
 BATCH = 200
 MANY_LINES = 64
 Steps = Generator[Any, Any, Any]
+Rows = tuple[tuple[int, int | None, int | None], ...]
+
+
+class Report(NamedTuple):
+    """What is known of an attempt beside its outcome: the tokens used, a verdict, what the response's headers said of
+    the limits (see _headers.py) and the organisation that they named."""
+
+    tokens: int | None = None
+    verdict: Verdict | None = None
+    seen: Rows = ()
+    organization: str = ""
+
+
+NOTHING = Report()
 
 
 class Worker:
@@ -73,6 +89,9 @@ class Worker:
         self.warn_once = False
         self._warned = False
         self.class_names: set[str] = set()
+        self.known: dict[str, Key] = {}
+        self.siblings = Siblings(pool, self.known)
+        self._outputs: dict[str, Outputs] = {}
         self.run: Callable[[Steps], Any] = list
         self.on_wait: Callable[[Waiting], object] | None = None
         self.hold(keys)
@@ -101,7 +120,7 @@ class Worker:
                 )
         self.keys = {key.fingerprint: key for key in keys}
         # A lease may outlive its key: those that were removed are still known.
-        self.known: dict[str, Key] = {**getattr(self, "known", {}), **self.keys}
+        self.known.update(self.keys)
         self._by_model: dict[str, Registration] = {}
         self._needs_tokens: dict[str, bool] = {}
 
@@ -115,8 +134,7 @@ class Worker:
 
     def _register_for(self, model: str, by_model: dict[str, Registration]) -> Registration:
         name = class_of(model, self.classes)
-        of_class = self.classes.get(name)
-        declared = self.limits if of_class is None else of_class.over(self.limits)
+        declared = self.declared(model)
         quotas: list[Quota] = [quota(declared, self.headroom_s)]
         accounts: dict[str, list[Key]] = {}
         for key in self.keys.values():
@@ -144,6 +162,17 @@ class Worker:
             quotas = self.registration(model).quotas
             known = self._needs_tokens[model] = any(quota[10] or quota[14] for quota in quotas)
         return known
+
+    def reserve(self, model: str, estimate: Estimate) -> int:
+        """The tokens that a call reserves."""
+        to = self.registration(model)
+        outputs = self._outputs.get(to.model_class) or Outputs()
+        return outputs.reserved(estimate, by_use=bool(to.quotas[0][1]))
+
+    def declared(self, model: str) -> Limits:
+        """The limits of a model's class, as the manager was given them."""
+        of_class = self.classes.get(class_of(model, self.classes))
+        return self.limits if of_class is None else of_class.over(self.limits)
 
     def next_id(self) -> str:
         return f"{self.id}:{next(self._numbers)}"
@@ -243,14 +272,14 @@ class Worker:
                 waiting_log.exception("wait.hook_failed pool=%s", self.pool)
 
     def settle(
-        self, request: Request, lease: Granted, outcome: str, detail: str = "", tokens: int | None = None
+        self, request: Request, lease: Granted, outcome: str, detail: str = "", told: Report = NOTHING
     ) -> Generator[Any, Any, str]:
         """Close a lease; what cannot be closed now is closed with the next operation. Returns the store's advice."""
         live = self.live.pop(lease.id, None)
         if live is None:  # a parent's lease in a forked child, or one that has been settled
             return ""
         to = live[0]
-        closing = self._closing(request, lease, outcome, detail, tokens)
+        closing = self._closing(request, lease, outcome, detail, told)
         try:
             _, replies = yield Settle(to, self.ttl_ms, (closing,))
         except BrokerUnavailable:
@@ -265,16 +294,29 @@ class Worker:
             yield from self.wake_all()
         return advice
 
-    def abandon(self, request: Request, lease: Granted, outcome: str, tokens: int | None = None) -> None:
+    def abandon(self, request: Request, lease: Granted, outcome: str, told: Report = NOTHING) -> None:
         """Close a lease from a finaliser: the closing is only queued, and no lock is taken."""
         live = self.live.get(lease.id)
         if live is not None:
-            self.pending.append((live[0], self._closing(request, lease, outcome, "", tokens)))
+            self.pending.append((live[0], self._closing(request, lease, outcome, "", told)))
             self.live.pop(lease.id, None)
 
-    def _closing(self, request: Request, lease: Granted, outcome: str, detail: str, tokens: int | None) -> Closing:
+    def _closing(self, request: Request, lease: Granted, outcome: str, detail: str, told: Report) -> Closing:
+        """What is said of a lease at its end; and what this worker itself learns of it."""
+        tokens, _, seen, organization = told
         jitter = random.random() if outcome == "limited" else 0.0
-        return Closing(lease.id, lease.account, lease.key, request.model, outcome, tokens, detail, jitter)
+        if tokens is not None and request.prompt >= 0:
+            name = class_of(request.model, self.classes)
+            self._outputs.setdefault(name, Outputs()).note(max(0, tokens - request.prompt))
+        text = ""
+        if seen:
+            text = seen_text(seen, self.declared(request.model), self.headroom_s)
+            if any(number > 1 for number, _, _ in seen):
+                self._needs_tokens[request.model] = True
+        siblings = self.siblings.of(lease.key, organization) if organization else ()
+        return Closing(
+            lease.id, lease.account, lease.key, request.model, outcome, tokens, detail, jitter, text, siblings
+        )
 
     def flush(self) -> Steps:
         """Settle what is pending."""

@@ -158,26 +158,32 @@ class KeyManager:
         max_wait: float | None = None,
         priority: int = PRIORITY,
         affinity: object = None,
+        arguments: Mapping[str, Any] | None = None,
     ) -> Request:
-        """What a call asks for, with this manager's defaults. For those who build on this package."""
+        """What a call asks for, with this manager's defaults. For those who build on this package.
+
+        Args:
+            arguments: those of the call, from which tokens are estimated where limits count them and `tokens` is None.
+        """
         if tokens is not None and (not isinstance(tokens, int) or tokens < 0):
             raise ConfigurationError("tokens", "must be a whole number, 0 or more")
         if priority not in range(BANDS):
             raise ConfigurationError("priority", f"must be a whole number from 0 (most urgent) to {BANDS - 1}")
-        model = model or NO_MODEL
+        if model is None:
+            self._worker.warn_of_no_model()
+        model, prompt = model or NO_MODEL, -1
         to = self._worker.registration(model)
+        if tokens is None and arguments is not None and self._worker.counts_tokens(model):
+            from stable_openai._estimate import estimate
+
+            estimated = estimate(arguments)
+            tokens, prompt = self._worker.reserve(model, estimated), estimated.prompt
         wanted: tuple[str, ...] = ()
         if affinity is not None:
             from stable_openai._affinity import favourites
 
             wanted = favourites(affinity, to)
-        return Request(model, tokens or 0, self.max_wait if max_wait is None else max_wait, priority, wanted)
-
-    def counts_tokens(self, model: str | None) -> bool:
-        """Whether the limits of a model count tokens."""
-        if model is None:
-            self._worker.warn_of_no_model()
-        return self._worker.counts_tokens(model or NO_MODEL)
+        return Request(model, tokens or 0, self.max_wait if max_wait is None else max_wait, priority, wanted, prompt)
 
     def lease(
         self,

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from stable_openai._limits import Limits, day_starts, quota
+from stable_openai._limits import Limits, day_starts, quota, seen_text
 from stable_openai._ops import (
     Acquire,
     Admin,
@@ -63,6 +63,62 @@ def demands() -> st.SearchStrategy[Demand]:
         patience_ms=st.sampled_from([-1, 0, 1000, 60_000]),
         hops=st.sampled_from([-1, -1, 0, 2]),
     )
+
+
+LEARNABLE = st.sampled_from([None, 1, 3, 60, 90, 100, 1000, 10**12])
+REMAINING = st.sampled_from([None, 0, 0, 1, 2, 30, 55, 99, 5000])
+GARBAGE = [
+    "",
+    ";;",
+    "0 0 0 1 0.001 1",
+    "0 -5 - 1 0.001 1",
+    "1 5 -1 2 86400250 675000",
+    "0 5 6 1 0.001 1",
+    "2 - 2000000000000 0 0 0",
+    "2 9000000000000 1 1 1 1",
+    "4 5 4 1 0.001 1",
+    "0 5 4 4 0.001 1",
+    "0 5 4 0 0.001 1",
+    "0 5 4 1 0 1",
+    "0 5 4 1 nan 1",
+    "0 5 4 1 0x1 1",
+    "0 5 4 1 1e999 1",
+    "0 5 4 1 1e-4 1.5",
+    "0 5 4 2 60250.5 313",
+    "0 5 4 2 60250 0",
+    "0 5.5 4 1 0.001 1",
+    "0 5- 4 1 0.001 1",
+    "0 5 4 1 0.001",
+    "0 5 4 1 0.001 1 1",
+    "10 5 4 1 0.001 1",
+    "- - - - - -",
+    "nonsense",
+    "2 60 50 1 .001 5e1",
+    "3 1000000 5 2 60250 313",
+    "0 - 00001 1 + e",
+]
+
+
+@st.composite
+def seen(draw: st.DrawFn) -> str:
+    """What a response's headers said of limits, or something that none ever says."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.sampled_from(GARBAGE))
+    rows = draw(st.lists(st.tuples(st.integers(0, 3), LEARNABLE, REMAINING), min_size=1, max_size=4))
+    return ";".join(
+        [
+            seen_text(rows, Limits(**draw(st.fixed_dictionaries(RULES))), draw(st.sampled_from([0.25, 0.25, 0.0]))),
+            *draw(st.lists(st.sampled_from(GARBAGE), max_size=1)),
+        ]
+    )
+
+
+RULES: dict[str, st.SearchStrategy[Any]] = {
+    "rule": st.sampled_from(["bucket", "sliding", "calendar"]),
+    "day_rule": st.sampled_from([None, "bucket", "sliding", "calendar"]),
+    "burst_s": st.sampled_from([None, None, 1, 10]),
+}
+SEEN = st.one_of(st.just(""), seen(), seen())
 
 
 @dataclass(eq=False)
@@ -276,8 +332,11 @@ class Twins(RuleBasedStateMachine):
         tokens=st.one_of(st.none(), st.integers(0, 150)),
         count=st.integers(1, 3),
         repeat=st.booleans(),
+        siblings=st.lists(st.integers(0, 21), max_size=3),
     )
-    def settle(self, data: st.DataObject, outcome: str, tokens: int | None, count: int, repeat: bool) -> None:
+    def settle(
+        self, data: st.DataObject, outcome: str, tokens: int | None, count: int, repeat: bool, siblings: list[int]
+    ) -> None:
         closings = []
         closed = []
         for _ in range(min(count, len(self.held))):
@@ -293,7 +352,9 @@ class Twins(RuleBasedStateMachine):
             granted = held.granted
             jitter = data.draw(st.sampled_from([0.0, 0.5]))
             model = held.ask.model
-            closings.append(Closing(held.ask.id, granted.account, granted.key, model, outcome, used, detail, jitter))
+            closing = Closing(held.ask.id, granted.account, granted.key, model, outcome, used, detail, jitter)
+            names = [self.members[n].account if n < len(self.members) else f"nobody{n}" for n in siblings]
+            closings.append(closing._replace(seen=data.draw(SEEN), siblings=tuple(names)))
         replies = self.both(Settle(self.to, TTL, tuple(closings)))
         for held, closing, reply in zip(closed, closings, replies):
             if reply.code == 0 and outcome == "unsent":

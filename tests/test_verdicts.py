@@ -25,6 +25,7 @@ from stable_openai import INJECTED, Exhausted, Key, KeyManager, Lease, Limits, N
 from stable_openai._flow import Attempt, Policy, call
 from stable_openai._heartbeat import heartbeat
 from stable_openai._verdict import judge, redact
+from stable_openai._worker import Report
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
 from stable_openai.testing import Failure, FakeOpenAI, Limit, closed_port
@@ -1345,7 +1346,7 @@ def test_a_generator_that_is_closed_says_nothing_of_its_key(world: World) -> Non
 def test_a_call_whose_driver_is_dropped_gives_its_lease_back(world: World) -> None:
     manager = world.manager(1)
     policy = Policy(stop_never, wait_none())
-    flow = call(manager._worker, manager.request(MODEL), policy, None, 0.0, lambda: (None, None))
+    flow = call(manager._worker, manager.request(MODEL), policy, None, 0.0, Report)
     effect = next(flow)
     while not isinstance(effect, Attempt):
         effect = flow.send((0.0, manager._backend.run(effect)))

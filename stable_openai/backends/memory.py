@@ -6,13 +6,12 @@ lua/prelude.lua. One mutex guards the whole, since every operation is short.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from stable_openai._limits import METERS, Quota
+from stable_openai._limits import METERS
 from stable_openai._ops import (
     AccountRow,
     Acquire,
@@ -35,8 +34,9 @@ from stable_openai._ops import (
     Snapshot,
 )
 from stable_openai.backends.asking import Asking
+from stable_openai.backends.learning import declare, forget, learn
 from stable_openai.backends.line import valid
-from stable_openai.backends.meters import POLL, Bucket, Calendar, make_meter
+from stable_openai.backends.meters import POLL, Calendar
 from stable_openai.backends.scopes import KeyScope, conclude
 from stable_openai.backends.state import (
     EXPIRED,
@@ -120,7 +120,7 @@ class MemoryBackend:
             name, quota = member.account, to.quotas[member.quota]
             if known.quotas.get(name, known.usual) != quota:
                 if name in known.accounts:
-                    self._carry(known.accounts[name], quota, pool)
+                    declare(known.accounts[name], quota, pool)
                 moved += 1
                 if quota == known.usual:
                     known.quotas.pop(name, None)
@@ -134,24 +134,6 @@ class MemoryBackend:
             pool.wake(known)
         ring.seen = pool.revision
         return Registered(pool.epoch, moved)
-
-    @staticmethod
-    def _carry(account: Account, quota: Quota, pool: Pool) -> None:
-        """A changed limit keeps the level, clamped to the new capacity; another rule starts with what was used."""
-        for number, old in enumerate(account.meters):
-            new = make_meter(quota, number, pool)
-            taken = math.ceil(old.used(pool.now)) if old else 0
-            if isinstance(old, Bucket) and isinstance(new, Bucket):
-                old.charge(0, pool.now)
-                new.level, new.at = min(old.level, new.capacity), old.at
-            elif old and type(old) is type(new) and not (isinstance(old, Calendar) and account.quota[-1] != quota[-1]):
-                for kept in ("sum", "entries", "taken", "start"):
-                    if hasattr(old, kept):
-                        setattr(new, kept, getattr(old, kept))
-            elif new and taken > 0:
-                new.charge(taken, pool.now)
-            account.meters[number] = new
-        account.quota = quota
 
     def _reap(self, known: ModelClass, ttl: int) -> None:
         pool = self._pool
@@ -201,7 +183,9 @@ class MemoryBackend:
                     continue
                 n, held = (1, 0) if number < 2 else (tokens, account.held if quota[1] else 0)
                 if n > meter.limit:
-                    return NEVER, METERS[number], False
+                    if number not in account.learned:
+                        return NEVER, METERS[number], False
+                    n = meter.limit
                 time = meter.ready(n, held, at, count)
                 if time is None:
                     if not loose:
@@ -286,13 +270,15 @@ class MemoryBackend:
                 meter.charge(ask.tokens if number > 1 else 1, now)
         if by_use:
             account.held += ask.tokens
+            account.ever_held += ask.tokens
         account.live += 1
         account.turn += 1
         expires, probe = now + ttl, False
         for scope in (pool.breaker, pool.accounts.get(name), pool.keys.get(key)):
             if scope and scope.until:
                 scope.probe, scope.probe_until, probe = ask.id, expires, True
-        known.leases[ask.id] = Lease(LIVE, ask.tokens, now, expires, probe, name, key)
+        let_go = account.ever_held - account.held
+        known.leases[ask.id] = Lease(LIVE, ask.tokens, now, expires, probe, name, key, let_go)
         known.watch(ask.id, expires)
         at = self._earliest(known, account, 0)[0]
         if at > now:
@@ -326,7 +312,7 @@ class MemoryBackend:
         lease = known.leases.get(closing.id)
         if lease is None or lease.state == TOMB:
             if lease is None:
-                known.leases[closing.id] = Lease(TOMB, 0, 0, 0, False, "", "")
+                known.leases[closing.id] = Lease(TOMB, 0, 0, 0, False, "", "", 0)
                 known.watch(closing.id, pool.now + 2 * ttl)
             return Settled(2, "")
         if lease.state == LIVE and lease.expires <= pool.now:
@@ -338,12 +324,15 @@ class MemoryBackend:
             self._count(pool, known, index, lease, closing)
         elif closing.tokens is not None and closing.tokens > lease.tokens:
             account = known.touch(lease.account, pool)
-            for meter in account.meters[2:]:
-                if meter:
+            for number, meter in enumerate(account.meters[2:], 2):
+                if meter and lease.granted >= account.learned.get(number, 0):
                     meter.amend(closing.tokens - lease.tokens, lease.granted, pool.now)
+        if closing.seen and closing.outcome != "unsent":
+            account = known.touch(lease.account, pool)
+            learn(pool, account, lease, closing.seen, lambda: self._earliest(known, account, 0)[0])
         del known.leases[closing.id]
         known.expiry.drop(closing.id)
-        return Settled(int(late), conclude(pool, known, (len(index.order), key_count), closing, lease))
+        return Settled(int(late), conclude(pool, known, index, key_count, closing, lease))
 
     def _count(self, pool: Pool, known: ModelClass, index: Index, lease: Lease, closing: Closing) -> None:
         unsent, tokens = closing.outcome == "unsent", closing.tokens
@@ -355,6 +344,8 @@ class MemoryBackend:
         for number, meter in enumerate(account.meters):
             if meter is None or (number > 1 and quota[1]):
                 continue
+            if lease.granted < account.learned.get(number, 0):
+                continue  # before the limit was learned: it was not charged
             if unsent:
                 meter.amend(-lease.tokens if number > 1 else -1, lease.granted, pool.now)
             elif number > 1 and tokens is not None and tokens > lease.tokens:
@@ -408,7 +399,7 @@ class MemoryBackend:
                 continue
             account = known.look(name, pool)
             meters = {
-                METERS[number]: (float(meter.used(now)), meter.limit)
+                METERS[number]: (float(meter.used(now)), meter.limit, number in account.learned)
                 for number, meter in enumerate(account.meters)
                 if meter
             }
@@ -445,6 +436,7 @@ class MemoryBackend:
                 account = known.accounts.get(op.account) if known else None
                 if account:
                     account.cooldown = account.refusals = account.since = 0
+                    forget(account)
         for name in op.classes if op.verb != "disable" else ():
             if name in pool.classes:
                 pool.wake(pool.classes[name])

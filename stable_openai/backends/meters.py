@@ -54,19 +54,30 @@ class Bucket:
         self.charge(n, now)
         self.level = min(self.capacity, self.level)
 
+    def lower(self, left: float, granted: int, now: int) -> None:
+        """No more is left than that, said at the earliest when it was granted (see lua/learning.lua)."""
+        level, at = self.level, self.at
+        if now > at:
+            level, at = min(self.capacity, level + (now - at) * self.rate), now
+        left += self.rate * max(0, now - granted)
+        if left < level:
+            self.level, self.at = left, at
+
     def used(self, now: int) -> float:
         """What is used of the limit now; looking changes nothing."""
         return self.capacity - min(self.capacity, self.level + max(0, now - self.at) * self.rate)
 
 
 class Sliding:
-    """An exact log up to 100 entries; beyond that an entry's time is the end of its slot."""
+    """An exact log up to 100 entries; beyond that an entry's time is the end of its slot. `head` is the time of the
+    last that has expired."""
 
-    __slots__ = ("entries", "limit", "period", "pool", "slot", "sum")
+    __slots__ = ("entries", "head", "limit", "period", "pool", "slot", "sum")
 
     def __init__(self, limit: int, period: int, slot: int, pool: Any) -> None:
         self.limit, self.period, self.slot, self.pool = limit, period, slot, pool
         self.sum = 0
+        self.head = pool.now - 2 * period
         self.entries: list[list[int]] = []
 
     def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
@@ -94,6 +105,7 @@ class Sliding:
             if time + self.period > now:
                 break
             self.sum -= amount
+            self.head = time
             gone += 1
         if gone:
             del entries[:gone]
@@ -119,6 +131,15 @@ class Sliding:
                 self.sum += amended - entry[1]
                 entry[1] = amended
                 return
+
+    def lower(self, left: int, granted: int, now: int) -> None:
+        self._prune(now)
+        before = self.sum
+        missing = self.limit - left - before
+        if missing > 0 and granted + self.period > now and self.head + self.period <= granted:
+            self.amend(missing, granted, now)
+            if self.sum == before:  # the grant has no entry
+                self.charge(missing, now)
 
     def used(self, now: int) -> float:
         return sum(amount for time, amount in self.entries if time + self.period > now)
@@ -167,6 +188,13 @@ class Calendar:
         current = self.window(granted)
         if current and current[0] == self.start:
             self.taken = max(0, self.taken + n)
+
+    def lower(self, left: int, granted: int, now: int) -> None:
+        self.charge(0, now)
+        base: int = self.pool.base
+        missing = self.limit - left - self.taken
+        if missing > 0 and granted + base >= self.start + self.headroom:
+            self.amend(missing, granted, now)
 
     def used(self, now: int) -> float:
         current = self.window(now)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stable_openai._ops import Closing
 
 if TYPE_CHECKING:
-    from stable_openai.backends.state import Lease, ModelClass, Pool
+    from stable_openai.backends.state import Index, Lease, ModelClass, Pool
 
 __all__ = ["KeyScope", "Scope", "conclude"]
 
@@ -43,8 +43,9 @@ class KeyScope(Scope):
         self.models: dict[str, int] = {}
 
 
-def conclude(pool: Pool, known: ModelClass, ring_size: tuple[int, int], closing: Closing, lease: Lease) -> str:
-    """What follows from the outcome of a lease; returns the advice to who settled."""
+def conclude(pool: Pool, known: ModelClass, index: Index, key_count: int, closing: Closing, lease: Lease) -> str:
+    """What follows from the outcome of a lease; returns the advice to who settled. `index` and `key_count` are those
+    of its ring."""
     if closing.outcome == "ok":
         account = known.accounts.get(closing.account)
         if account and account.refusals:
@@ -56,16 +57,15 @@ def conclude(pool: Pool, known: ModelClass, ring_size: tuple[int, int], closing:
             served.append(closing.account)
         if not (pool.auth or pool.breaker or pool.accounts or pool.keys):
             return ""
-    advice: str = getattr(Verdicts(pool, known, ring_size), "_" + closing.outcome)(closing, lease) or ""
+    advice: str = getattr(Verdicts(pool, known, index, key_count), "_" + closing.outcome)(closing, lease) or ""
     return advice
 
 
 class Verdicts:
     """The outcomes, one a method."""
 
-    def __init__(self, pool: Pool, known: ModelClass, ring_size: tuple[int, int]) -> None:
-        """`ring_size`: the accounts and the keys of the ring."""
-        self.pool, self.known, self.ring_size = pool, known, ring_size
+    def __init__(self, pool: Pool, known: ModelClass, index: Index, key_count: int) -> None:
+        self.pool, self.known, self.index, self.key_count = pool, known, index, key_count
 
     def _heal_key(self, key: str, scope: KeyScope) -> None:
         scope.until = scope.pause = scope.probe_until = scope.failures = 0
@@ -117,6 +117,10 @@ class Verdicts:
                 account.refusals, account.since = account.refusals + 1, now
             wait = min(60_000, 1000 * 2 ** (max(1, account.refusals) - 1))
         account.cooldown = max(account.cooldown, now + math.floor(wait * (1 + closing.jitter / 10)))
+        for name in closing.siblings:
+            if name in self.index.scores:  # others may be nobody's, and would be kept for nothing
+                sibling = self.known.touch(name, self.pool)
+                sibling.cooldown = max(sibling.cooldown, account.cooldown)
 
     def _account(self, closing: Closing, lease: Lease) -> str:
         scope = self.pool.accounts.setdefault(closing.account, Scope())
@@ -128,9 +132,8 @@ class Verdicts:
         pool, now = self.pool, self.pool.now
         pool.auth[closing.key] = (now, closing.account)
         pool.auth = {key: entry for key, entry in pool.auth.items() if entry[0] + AUTH_WINDOW > now}
-        accounts, keys = self.ring_size
         failing = {account for _, account in pool.auth.values()}
-        if len(failing) >= min(3, accounts) and len(pool.auth) >= min(3, keys):
+        if len(failing) >= min(3, len(self.index.order)) and len(pool.auth) >= min(3, self.key_count):
             returned = False
             for key in pool.auth:
                 scope = pool.keys.get(key)

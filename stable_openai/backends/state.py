@@ -67,22 +67,28 @@ class Ring:
 
 
 class Account:
-    __slots__ = ("cooldown", "held", "live", "meters", "quota", "refusals", "since", "turn")
+    """`quota` is what was declared, and under it what was learned; `learned` says since when, by the meter's number.
+    `ever_held` are all tokens that it has ever held."""
+
+    __slots__ = ("cooldown", "ever_held", "held", "learned", "live", "meters", "quota", "refusals", "since", "turn")
 
     def __init__(self, quota: Quota, pool: Pool) -> None:
         self.quota = quota
-        self.live = self.held = self.cooldown = self.refusals = self.since = self.turn = 0
+        self.live = self.held = self.cooldown = self.refusals = self.since = self.turn = self.ever_held = 0
+        self.learned: dict[int, int] = {}
         self.meters: list[Meter | None] = [make_meter(quota, number, pool) for number in range(4)]
 
 
 class Lease:
-    __slots__ = ("account", "expires", "granted", "key", "probe", "state", "tokens")
+    """`let_go`: of the tokens that the account had ever held, those that it held no longer when this was granted."""
+
+    __slots__ = ("account", "expires", "granted", "key", "let_go", "probe", "state", "tokens")
 
     def __init__(
-        self, state: int, tokens: int, granted: int, expires: int, probe: bool, account: str, key: str
+        self, state: int, tokens: int, granted: int, expires: int, probe: bool, account: str, key: str, let_go: int
     ) -> None:
         self.state, self.tokens, self.granted, self.expires = state, tokens, granted, expires
-        self.probe, self.account, self.key = probe, account, key
+        self.probe, self.account, self.key, self.let_go = probe, account, key, let_go
 
 
 class ModelClass:

@@ -313,5 +313,6 @@ def _table(keys: Iterable[Any], log: Iterable[Entry]) -> Table:
         over = sum(entry.limit is not None for entry in mine[key.name])
         counts = (statuses.total(), statuses[200], statuses[401], statuses[429], over)
         state = key.state if not key.seconds else f"{key.state} {key.seconds:.0f} s"
-        table.add_row(key.name, key.account, state, key.reason, *map(str, counts))
+        account = f"{key.organization}, undeclared" if key.organization else key.account
+        table.add_row(key.name, account, state, key.reason, *map(str, counts))
     return table
