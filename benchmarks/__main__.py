@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import costs, load, waking
+from benchmarks import clients, costs, load, waking
 
-BENCHMARKS = {"costs": costs.main, "waking": waking.main, "load": load.main}
+BENCHMARKS = {"costs": costs.main, "clients": clients.main, "waking": waking.main, "load": load.main}
 
 
 def main() -> int:

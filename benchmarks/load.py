@@ -234,8 +234,7 @@ def request(prompt: str) -> dict[str, Any]:
 
 def work(job: dict[str, Any]) -> dict[str, Any]:
     made = Work(job)
-    if job.get("coroutines"):
-        shared_client(True)
+    shared_client(False)
     gc.freeze()  # else a full collection, 0.2 s among thousands of tasks, holds up what is leased (see the README)
     made.begin()
     if job.get("coroutines"):
