@@ -76,14 +76,17 @@ local function lease_of(class, id)
   if packed then return {struct.unpack(LEASE, packed)} end
 end
 
-local function put_lease(class, id, lease)
-  put(class, 'l:' .. id, struct.pack(LEASE, unpack(lease, 1, 8)))
-end
-
 local function watch(class, expiry, id, at)
   redis.call('ZADD', expiry, at, id)
   local first = get(class, 'm')
   if not first or at < tonumber(first) then put(class, 'm', ('%.17g'):format(at)) end
+end
+
+-- It expires then; or then what is left of it is dropped.
+local function put_lease(class, expiry, id, lease, at)
+  lease[4] = at
+  put(class, 'l:' .. id, struct.pack(LEASE, unpack(lease, 1, 8)))
+  watch(class, expiry, id, at)
 end
 
 -- When the account's meters admit a request of so many tokens (or the last of `count` such): the time, what stands in
@@ -140,13 +143,23 @@ end
 local function reap(class, expiry, ttl, one)
   local due = get(class, 'm')
   if not one and (not due or now < tonumber(due)) then return end
+  if not redis.call('ZSCORE', expiry, '') then   -- it was lost: only the leases themselves know
+    local fields = redis.call('HGETALL', class)
+    for n = 1, #fields, 2 do
+      if fields[n]:sub(1, 2) == 'l:' then
+        local _, _, _, at = struct.unpack(LEASE, fields[n + 1])
+        redis.call('ZADD', expiry, at, fields[n]:sub(3))
+      end
+    end
+    redis.call('ZADD', expiry, NEVER, '')
+    redis.call('PEXPIRE', expiry, KEEP)
+  end
   for _, id in ipairs(one and {one} or redis.call('ZRANGEBYSCORE', expiry, '-inf', now, 'LIMIT', 0, 100)) do
     local lease = lease_of(class, id)
     if lease and lease[1] == LIVE then
       close(class, lease[6], lease, lease[2])
       lease[1] = EXPIRED
-      put_lease(class, id, lease)
-      redis.call('ZADD', expiry, now + 2 * ttl, id)
+      put_lease(class, expiry, id, lease, now + 2 * ttl)
     else
       put(class, 'l:' .. id, false)
       redis.call('ZREM', expiry, id)

@@ -19,20 +19,20 @@
 local mark = 'r:' .. ARGV[3]
 listed = redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
 local first = listed[1]
-if not first then return {1} end
-load(pool, {'m', 'breaker', 'a:' .. first, 'k:' .. first})
-local seen = load(class, {'m', 'q', 'w', mark, 'l:' .. (ARGV[5] or ''), 'a:' .. first, 'q:' .. first, 'h:' .. first})[mark]
-local revision = seen and tick(pool)
-if not revision then return {1} end
+local seen = first and load(pool, {'m', 'breaker', 'a:' .. first, 'k:' .. first})
+  and load(class, {'m', 'q', 'w', mark, 'l:' .. (ARGV[5] or ''), 'a:' .. first, 'q:' .. first, 'h:' .. first})[mark]
+if not seen then return {1} end
+local revision, epoch = tick(pool)
+local known, kept, is_plain = struct.unpack('<ddd', seen)
+if not revision or known ~= revision and seen:sub(25) ~= epoch then return {1} end
 reap(class, expiry, ttl)
 
 -- An index that has not seen the last thing an admin did says nothing of who is not ready.
-local known, kept, is_plain = struct.unpack('<ddd', seen)
 plain = is_plain == 1
 if known ~= revision or now - kept >= KEEP / 48 then
   if known ~= revision then redis.call('ZUNIONSTORE', index, 1, index, 'WEIGHTS', 0) end
   for i = 1, #KEYS do redis.call('PEXPIRE', KEYS[i], KEEP) end
-  put(class, mark, struct.pack('<ddd', revision, now, is_plain))
+  put(class, mark, struct.pack('<ddd', revision, now, is_plain) .. epoch)
   listed = false
 end
 
@@ -42,7 +42,7 @@ if #ARGV == 11 and not get(class, 'w') and not lease_of(class, ARGV[5]) then
   alone = {serve(ARGV[5], tonumber(ARGV[6]), ARGV[7], ARGV[8], ARGV[9], ARGV[10], false)}
   if alone[1] ~= 0 then
     finish(class)
-    return stale_days and {1} or {0, now, -1, -1, unpack(alone)}
+    return stale and {1} or {0, now, -1, -1, unpack(alone)}
   end
 end
 
@@ -60,6 +60,7 @@ end
 local function answer(id, tokens, model, avoid, wanted, never, rank)
   local lease, band, alike = lease_of(class, id), rank % 4, model .. '\n' .. never
   if lease and lease[1] == LIVE then
+    put_lease(class, expiry, id, lease, now + ttl)   -- who asks again has not had it so far
     if line then line.served(band, tokens, model) end
     return 1, lease[7], lease[6], 0, ''
   end
@@ -106,4 +107,4 @@ for i = 5, #ARGV, 7 do
 end
 if line then reply[3], reply[4] = line.save(KEYS[6], wait, reason, vague, ARGV[7]) end
 finish(class)
-return stale_days and {1} or reply
+return stale and {1} or reply

@@ -38,11 +38,12 @@ local function judge(account, tokens, model, count)
     row = plain and {1, account, 1} or {}
     if not plain then
       local text = redis.call('HGET', ring, account)
+      stale = stale or not text
       for part in (text or ''):gmatch('%S+') do row[#row + 1] = #row % 2 == 0 and tonumber(part) or part end
     end
     rows[account] = row
   end
-  if not row[1] then return NEVER, false, false end   -- another ring's
+  if not row[1] then return now + POLL, false, true end
   local q = quota_of(class, account)
   local a = account_of(class, account, q)
   local at, why, loose = earliest(a, q, tokens, class, count)

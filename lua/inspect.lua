@@ -8,15 +8,15 @@
 --       {ms out, why, 401s in a row, ms disabled (-1: for good)}
 
 local pool, class, expiry, reply = KEYS[1], KEYS[2], KEYS[3], {}
-local known = tick(pool)
-if known then reap(class, expiry, tonumber(ARGV[2])) end
+tick(pool)
+reap(class, expiry, tonumber(ARGV[2]))
 
 local function left(at) return math.max(0, at - now) end
 
 local breaker = scope_of(pool, 'breaker')
 reply[1] = {breaker and breaker[3] or '', breaker and left(breaker[1]) or 0}
 reply[2] = {}
-for n, claim in ipairs(known and claims_of(class) or {}) do
+for n, claim in ipairs((claims_of(class))) do
   reply[2][n] = {claim[1], left(claim[3]), claim[5], unpack(claim, WAITING, WAITING + 3)}
 end
 local classes = get(pool, 'classes')

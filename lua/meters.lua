@@ -9,7 +9,8 @@
 -- periods ago), and `before` that of its last. A time since is twice the ms, or where it is a number of slots, twice that
 -- and one.
 
-local windows, stale_days
+local windows
+local stale   -- something that was registered is not there, or of another time: it is to be registered again
 
 -- Sliding and calendar; made when first needed.
 local function make_windows(class)
@@ -65,7 +66,14 @@ local function make_windows(class)
     for day = 1, #days - 1 do
       if abs >= days[day] and abs < days[day + 1] then return days[day], days[day + 1] end
     end
-    stale_days = stale_days or at == now
+    stale = stale or at == now
+  end
+
+  local function period(q, i) return q[4 * i + 2] > 0 and q[4 * i + 2] or 86400000 end
+
+  -- Whether what an account has used was another window's: an earlier one's, or since the clock jumped back, one's far ahead.
+  local function others(a, i, q, start)
+    return a[6 + 2 * i] < start or a[6 + 2 * i] > start + period(q, i)
   end
 
   local rules = {
@@ -141,22 +149,23 @@ local function make_windows(class)
         local start, finish = window(q, i, at)
         if not start then return now + POLL end   -- of `at` it would rise for ever
         if at + base >= finish - q[4 * i + 1] then return finish - base end
-        if a[6 + 2 * i] < start or a[5 + 2 * i] + need <= q[4 * i] then return 0 end
+        if others(a, i, q, start) or a[5 + 2 * i] + need <= q[4 * i] then return 0 end
         return finish - base
       end,
       charge = function(a, i, q, n)
-        local start = window(q, i, now) or 0
-        if start > a[6 + 2 * i] then a[5 + 2 * i], a[6 + 2 * i] = 0, start end
+        local start = window(q, i, now)
+        if start and others(a, i, q, start) then a[5 + 2 * i], a[6 + 2 * i] = 0, start end
         a[5 + 2 * i] = a[5 + 2 * i] + n
       end,
       amend = function(a, i, q, n, granted)
         if window(q, i, granted) == a[6 + 2 * i] then a[5 + 2 * i] = math.max(0, a[5 + 2 * i] + n) end
       end,
       used = function(a, i, q)
-        return a[6 + 2 * i] < (window(q, i, now) or 0) and 0 or a[5 + 2 * i]
+        local start = window(q, i, now)
+        return start and others(a, i, q, start) and 0 or a[5 + 2 * i]
       end,
       fresh = function(a, i, q) return 0, window(q, i, now) or 0 end,
-      period = function(q, i) return q[4 * i + 2] > 0 and q[4 * i + 2] or 86400000 end,
+      period = period,
     },
   }
   windows = rules

@@ -4,6 +4,12 @@
 -- THE SCHEMA. All keys of a pool carry one hash tag. Times are milliseconds since the pool's base (those of calendars
 -- since 1970). What every lease touches is packed with struct (little-endian doubles), the rest with cmsgpack.
 -- PEXPIRE only collects what has been idle for KEEP.
+--
+-- WHAT IS LOST. A server may evict any of the keys alone. So the base is 1970 until the clock has jumped back: what
+-- outlives the pool's hash keeps its meaning. A new pool's revision is later than all of those before, and its epoch is
+-- another: rings that were registered under an older one are registered again. Who needs what is not there says REGISTER
+-- (or, of a lease, that it is gone); the leases of a class outlive the list of when they expire.
+--
 --   stable:{pool}:pool           hash
 --     m            base, last now, raw clock when it was seen to jump back or -1, admin revision, epoch
 --     a:<account>  an account that is out {until or 0, pause, reason, probe's lease or false, probe's expiry}
@@ -21,11 +27,11 @@
 --                  byte), since when, and its four numbers. What `register` declares lies over it, and drops it
 --     d:<tz>       {midnight, ..}: days of a time zone, epoch ms
 --     r:<ring>     admin revision that the ring's index has seen, when PEXPIRE was set, whether it is plain: every
---                  account has one key, of its own name, and weight 1 (then the hash of the ring is not needed)
+--                  account has one key, of its own name, and weight 1 (then the hash of the ring is not needed); epoch
 --     a:<account>  live leases, tokens held, cooldown until, refusals in a row, since, turn, then two numbers for each of
 --                  rpm, rpd, tpm, tpd, tokens that it has ever held; then the logs of sliding windows
---     l:<lease>    state, tokens, granted, expires, is a probe; account and key; of the tokens that the account had ever
---                  held, those that it held no longer when this was granted
+--     l:<lease>    state, tokens, granted, when it expires (or is dropped), is a probe; account and key; of the tokens
+--                  that the account had ever held, those that it held no longer when this was granted
 --     s:<model>    {account, ..}: up to two that have served the model
 --   stable:{pool}:expiry:<class> zset  lease -> when it expires, or when what is left of it is dropped
 --   stable:{pool}:ring:<ring>    hash  account -> "weight key weight key weight ..", the account's and each key's
@@ -76,7 +82,7 @@ end
 
 -- The pool's clock: ARGV[1] in tests, else the server's. A jump back freezes it for at most a minute, then the base
 -- moves. `last` is kept to the second; a smaller step back is harmless, since no meter refills for negative time.
--- Returns the admin revision and the epoch; nothing where the pool is not known.
+-- Returns the admin revision and the epoch; nothing where the pool is not known (then its clock is the server's).
 local function tick(pool)
   local meta, raw = get(pool, 'm'), tonumber(ARGV[1])
   if not raw then
@@ -84,7 +90,7 @@ local function tick(pool)
     raw = time[1] * 1000 + math.floor(time[2] / 1000)
   end
   if not meta then
-    base, now = raw - 1, 1   -- so that no time is 0
+    base, now = 0, raw
     return nil
   end
   local last, back, revision, after

@@ -9,10 +9,11 @@
 local pool, class, expiry, ring, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local revision, epoch = tick(pool)
 if not revision then
-  revision, epoch = 0, ARGV[3]
-  put(pool, 'm', struct.pack('<dddd', base, 0, -1, 0) .. epoch)
+  revision, epoch = now, ARGV[3]
+  put(pool, 'm', struct.pack('<dddd', base, now, -1, revision) .. epoch)
 end
-load(class, {'q', 'w'})
+local mark = 'r:' .. ARGV[2]
+load(class, {'q', 'w', mark})
 local name, names = class:match(':class:(.*)$'), get(pool, 'classes')
 names = names and cmsgpack.unpack(names) or {}
 local listed = false
@@ -63,7 +64,8 @@ for first = 1, #members, 500 do
     scores[#scores + 1] = 0; scores[#scores + 1] = account
   end
   rows[#rows + 1] = row
-  redis.call('ZADD', index, 'NX', unpack(scores))
+  if get(class, mark) then redis.call('ZADD', index, 'NX', unpack(scores))
+  else redis.call('ZADD', index, unpack(scores)) end   -- what is left of an index says nothing of a new class
 end
 if moved > 0 then
   revision = revision + 1
@@ -72,7 +74,7 @@ if moved > 0 then
   local claims, wake = claims_of(class)
   wake(KEYS[6], #claims)
 end
-put(class, 'r:' .. ARGV[2], struct.pack('<ddd', revision, now, plain))
+put(class, mark, struct.pack('<ddd', revision, now, plain) .. epoch)
 finish(class)
 if plain == 0 then for _, row in ipairs(rows) do redis.call('HSET', ring, unpack(row)) end end
 redis.call('ZADD', expiry, NEVER, '')   -- it is never empty, and so never loses its PEXPIRE

@@ -6,20 +6,19 @@
 
 local pool, class, expiry = KEYS[1], KEYS[2], KEYS[3]
 local ttl, longest, reply = tonumber(ARGV[2]), tonumber(ARGV[3]), {}
-local known = tick(pool)
-if known then reap(class, expiry, ttl) end
+redis.call('PEXPIRE', class, KEEP)   -- a server that is out of memory lets write who has begun to
+tick(pool)
+reap(class, expiry, ttl)
 for i = 4, #ARGV do
   local id, renewed = ARGV[i], 0
-  local lease = known and lease_of(class, id)
+  local lease = lease_of(class, id)
   if lease and lease[1] == LIVE and lease[4] <= now then
     reap(class, expiry, ttl, id)
     lease[1] = EXPIRED
   end
   if lease and lease[1] == LIVE then
     renewed = 1
-    lease[4] = math.max(lease[4], math.min(now + ttl, lease[3] + longest))
-    put_lease(class, id, lease)
-    watch(class, expiry, id, lease[4])
+    put_lease(class, expiry, id, lease, math.max(lease[4], math.min(now + ttl, lease[3] + longest)))
     for _, field in ipairs(lease[5] == 1 and {'breaker', 'a:' .. lease[6], 'k:' .. lease[7]} or {}) do
       local scope = scope_of(pool, field)
       if scope and scope[4] == id then

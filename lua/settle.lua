@@ -14,8 +14,9 @@
 local expiry, index, ttl, reply, freed = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}, 0
 load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[5], 'k:' .. ARGV[6]})
 load(class, {'m', 'q', 'w', 'l:' .. ARGV[4], 'a:' .. ARGV[5], 'q:' .. ARGV[5], 'h:' .. ARGV[5], 's:' .. ARGV[7]})
-local known = tick(pool)
-if known then reap(class, expiry, ttl) end
+redis.call('PEXPIRE', class, KEEP)   -- a server that is out of memory lets write who has begun to
+tick(pool)
+reap(class, expiry, ttl)
 
 -- Change what a grant was charged, by `n`. In a window it goes to that of the grant; if that has gone, nowhere. A
 -- bucket credits what its refill since the grant has not made good already.
@@ -63,7 +64,7 @@ end
 
 for i = 4, #ARGV, 10 do
   local id, n = ARGV[i], #reply
-  local lease = known and lease_of(class, id)
+  local lease = lease_of(class, id)
   if lease and lease[1] == LIVE and lease[4] <= now then
     reap(class, expiry, ttl, id)
     lease[1] = EXPIRED
@@ -79,13 +80,12 @@ for i = 4, #ARGV, 10 do
     redis.call('ZREM', expiry, id)
     reply[n + 2] = conclude(id, lease, account, lease[7], ARGV[i + 3], outcome, ARGV[i + 6], tonumber(ARGV[i + 7]),
       ARGV[i + 9], index)
-  elseif known and not lease then
-    put_lease(class, id, {TOMB, 0, 0, 0, 0, '', '', 0})
-    watch(class, expiry, id, now + 2 * ttl)
+  elseif not lease and get(class, 'q') then
+    put_lease(class, expiry, id, {TOMB, 0, 0, 0, 0, '', '', 0}, now + 2 * ttl)
   end
 end
-if reordered then
-  local meta = get(pool, 'm')
+local meta = get(pool, 'm')
+if reordered and meta then
   put(pool, 'm', meta:sub(1, 24) .. struct.pack('<d', struct.unpack('<d', meta, 25) + 1) .. meta:sub(33))
 end
 if get(class, 'w') and (freed > 0 or healed) then

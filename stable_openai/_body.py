@@ -36,6 +36,10 @@ class StreamError(Exception):
         super().__init__(str(error.get("message", "")))
 
 
+class Closed(Exception):
+    """A stream that was closed before its end: that says nothing of the key."""
+
+
 def _in_a_finaliser() -> bool:
     """Whether a generator is being closed: by whoever has it, or by the garbage collector."""
     return isinstance(sys.exc_info()[1], GeneratorExit)
@@ -93,7 +97,7 @@ class _Streamed:
             return end(Raised(StreamError(event)))
         if self._complete or self._tail.is_done():
             return end(Returned(None))
-        return drop()
+        return end(Raised(Closed()))
 
     def lose(self) -> None:
         """Nobody will read on: it was dropped, or its loop has ended."""
@@ -158,7 +162,8 @@ class Body(_Streamed, http.SyncByteStream):
             connection.read = lambda size, timeout=None: read(size, timeout=max(0.001, until - monotonic()))
             try:
                 for _ in self._chunks:
-                    pass
+                    if monotonic() > until:
+                        break
             finally:
                 del connection.read
 

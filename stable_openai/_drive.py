@@ -17,6 +17,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from stable_openai._flow import Attempt, Deliver, Flow, Outcome, Raised, Returned, Sleep, Started
+from stable_openai._heartbeat import heartbeat
 from stable_openai._obtain import Doze, Hush, Park
 from stable_openai._ops import Acquire, Closing, Granted, NotRegistered, Settle
 
@@ -30,7 +31,7 @@ __all__ = ["adrive", "adrive_generator", "drive", "drive_generator"]
 log = logging.getLogger("stable_openai.waiting")
 WAITS = (Park, Doze, Sleep)
 PATIENCE_S = 1.0
-BROKEN_S = 0.1
+BROKEN_S, DEAF_S = 0.1, 5.0
 LISTEN_AFTER_S = 0.25  # a shorter wait is not worth a blocking pop
 
 
@@ -305,8 +306,9 @@ def _doze(backend: Any, effect: Doze) -> int | None:
     if listener is not None and not line.nudged:
         hops: int | None = listener.wait(seconds)
         if not listener.broken:
+            line.deaf_s = 0.0
             return hops
-        seconds = _after_break(line, seconds)
+        seconds = _after_break(line, seconds, listener.refused)
     _rest(waiter, seconds, effect.is_over)
     return None
 
@@ -319,16 +321,21 @@ async def _adoze(backend: Any, effect: Doze) -> int | None:
     if listener is not None and not line.nudged:
         hops: int | None = await listener.wait(seconds)
         if not listener.broken:
+            line.deaf_s = 0.0
             return hops
-        seconds = _after_break(line, seconds)
+        seconds = _after_break(line, seconds, listener.refused)
     await _arest(waiter, seconds, effect.is_over)
     return None
 
 
-def _after_break(line: Line, seconds: float) -> float:
-    """The connection was lost, now or at once: how long to wait without it, before another one is tried."""
+def _after_break(line: Line, seconds: float, refused: bool) -> float:
+    """The connection was lost, or BLPOP is refused: how long to wait before another one is tried (where none lasts,
+    ever less often). A wake may have been lost with it: then the leader asks."""
     line.listener = None
-    return min(seconds, BROKEN_S)
+    line.deaf_s = min(max(2 * line.deaf_s, BROKEN_S), DEAF_S)
+    if not refused:
+        line.delay(monotonic(), min(seconds, line.deaf_s))
+    return min(seconds, line.deaf_s)
 
 
 def _warn_on_a_loop() -> None:
@@ -392,6 +399,7 @@ async def _finish(worker: Worker, backend: Any, op: Any, task: Awaitable[Any]) -
     except Exception as error:
         if type(op) is Settle:
             worker.pending.extend((op.to, closing) for closing in op.closings)
+            heartbeat.watch(worker)
         log.warning("operation.lost pool=%s op=%s error=%s", worker.pool, type(op).__name__, type(error).__name__)
 
 

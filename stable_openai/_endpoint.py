@@ -25,6 +25,7 @@ __all__ = ["Asked", "addressed", "as_is", "read_request"]
 DEPLOYMENT = re.compile(r"/deployments/[^/?]+")
 FIELD = re.compile(rb'(name="model"\r\n\r\n)([^\r\n]+)')
 # The endpoints of Azure that are a deployment's own; others stand beside the deployments.
+OF_HOST = {b"host", b"cookie", b"openai-organization", b"openai-project"}  # of the client's own
 OF_DEPLOYMENTS = ("completions", "embeddings", "audio", "images")
 
 
@@ -41,7 +42,7 @@ class Asked(NamedTuple):
 def read_request(request: Any, base: Any) -> Asked:
     """Read a request of httpx that was built for the base URL `base`."""
     full = request.url.path
-    path = DEPLOYMENT.sub("", full).removeprefix(DEPLOYMENT.sub("", base.path).rstrip("/")).lstrip("/")
+    path = _without_deployment(request.url).removeprefix(_without_deployment(base).rstrip("/")).lstrip("/")
     kind = request.headers.get("content-type", "")
     body, model = None, None
     if kind.startswith("application/json"):
@@ -57,6 +58,11 @@ def read_request(request: Any, base: Any) -> Asked:
         deployment = DEPLOYMENT.search(full)
         model = deployment and deployment.group().rpartition("/")[2]
     return Asked(model if isinstance(model, str) else "", body, str(base).rstrip("/"), path)
+
+
+def _without_deployment(url: Any) -> str:
+    """The path, encoded as it is."""
+    return DEPLOYMENT.sub("", url.raw_path.decode("ascii").partition("?")[0])
 
 
 def _model_of_form(stream: Iterable[bytes]) -> str | None:
@@ -85,8 +91,7 @@ def addressed(request: Any, asked: Asked, key: Key, http: Any) -> Any:
     name, azure = key.called(asked.model), "api-key" in request.headers
     if key.base_url and key.base_url != asked.base:
         azure = key.api_version is not None
-        # Cookies are the client's own host's.
-        url, dropped = _place(url, key, asked.path, name, http), dropped | {b"host", b"cookie"}
+        url, dropped = _place(url, key, asked.path, name, http), dropped | OF_HOST
     elif name != asked.model:
         url = DEPLOYMENT.sub(f"/deployments/{quote(name, safe='')}", str(url), count=1)
     if not isinstance(url, http.URL):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 __all__ = ["Estimate", "Outputs", "estimate"]
 
 CHARACTERS_A_TOKEN = 4
+MOST = 10**12  # as limits can be
 PROMPTS = ("messages", "input", "prompt")
 OUTPUTS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
@@ -35,10 +36,10 @@ def estimate(arguments: Mapping[str, Any]) -> Estimate:
     """
     prompt = sum(_characters(arguments.get(name), 0) for name in PROMPTS) // CHARACTERS_A_TOKEN
     limits = (arguments.get(name) for name in OUTPUTS)
-    output = next((limit for limit in limits if isinstance(limit, int) and limit >= 0), None)
+    output = next((min(limit, MOST) for limit in limits if isinstance(limit, int) and limit >= 0), None)
     answers = arguments.get("n")
     if output is not None and isinstance(answers, int):
-        output *= max(0, answers)
+        output = min(output * max(0, answers), MOST)
     return Estimate(prompt, output)
 
 

@@ -1,8 +1,9 @@
 """The heartbeat: one daemon thread a process, which renews live leases and settles what finalisers have queued.
 
-It starts with the first lease, looks every third of the shortest ttl, and ends when there is nothing left to do. It
-serves coroutines too: a lease is renewed for as long as its process lives, even while an event loop is busy. (So
-there is no task for each loop, as the design first had it: one mechanism, and one more connection a process.)
+It starts with the first lease, looks every third of the shortest ttl (soon again, where what it did has failed), and
+ends when there is nothing left to do. It serves coroutines too: a lease is renewed for as long as its process lives,
+even while an event loop is busy. (So there is no task for each loop, as the design first had it: one mechanism, and
+one more connection a process.)
 
 Finalisers may run anywhere, inside any lock: they only append to a worker's `pending`, and call nothing here. The
 thread that their lease needed is still there, and looks at what is pending before it ends.
@@ -37,6 +38,7 @@ class Heartbeat:
         self._thread: threading.Thread | None = None
         self._sooner = threading.Event()
         self._pause = math.inf
+        self._failed = False
 
     def serve(self, worker: Worker) -> None:
         """Serve this worker from now on, for as long as somebody else holds it."""
@@ -45,8 +47,9 @@ class Heartbeat:
             self._served = (*known, weakref.ref(worker))
 
     def watch(self, worker: Worker) -> None:
-        """The worker has a lease: there must be a thread, and it must not sleep for longer than that allows."""
-        if self._pause > worker.ttl_ms / 3000:
+        """The worker has a lease, or something pending: there must be a thread, and it must not sleep for longer than
+        that allows."""
+        if self._pause > self._pause_of(worker):
             self._sooner.set()
         if self._thread is None:
             with self._mutex:
@@ -64,22 +67,22 @@ class Heartbeat:
             while self._beat():
                 pass
         finally:
-            self._thread = None
+            with self._mutex:
+                if self._thread is threading.current_thread():  # and not one that came after it
+                    self._thread = None
 
     def _beat(self) -> bool:
         """One look. Says whether there is more to do."""
         self._sooner.clear()
         self._pause = math.inf  # a lease that comes from now on wakes this thread
-        pauses = [FLUSH_S if worker.pending else worker.ttl_ms / 3000 for worker in self._workers()]
-        self._pause = min(pauses, default=0.0)
+        self._pause = min(map(self._pause_of, self._workers()), default=0.0)
         if self._sooner.wait(self._pause):
             return True
         # What is renewed comes before what may wait; the shortest lease first.
         workers = sorted(self._workers(), key=lambda worker: worker.ttl_ms)
-        for worker in workers:
-            self._try(worker, worker.renew(time.monotonic()))
-        for worker in workers:
-            self._try(worker, worker.flush())
+        failed = [self._fails(worker, worker.renew(time.monotonic())) for worker in workers]
+        failed += [self._fails(worker, worker.flush()) for worker in workers]
+        self._failed = any(failed)
         if self._workers():
             return True
         # A lease that is granted between the two looks finds no thread, or is seen by the second.
@@ -92,12 +95,18 @@ class Heartbeat:
             self._thread = threading.current_thread()
             return True
 
-    @staticmethod
-    def _try(worker: Worker, steps: Any) -> None:
+    def _pause_of(self, worker: Worker) -> float:
+        ttl_s = worker.ttl_ms / 1000
+        return min(ttl_s / 20 if self._failed else ttl_s / 3, FLUSH_S if worker.pending or self._failed else math.inf)
+
+    def _fails(self, worker: Worker, steps: Any) -> bool:
         try:
             worker.run(steps)
         except Exception as error:
-            log.warning("heartbeat.failed pool=%s error=%s", worker.pool, type(error).__name__)
+            if not self._failed:
+                log.warning("heartbeat.failed pool=%s error=%s", worker.pool, type(error).__name__)
+            return True
+        return False
 
 
 heartbeat = Heartbeat()

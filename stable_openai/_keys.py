@@ -95,6 +95,8 @@ class Key:
             raise ConfigurationError("models", "must map the names of models to those that the endpoint knows")
         if api_version is not None and (not isinstance(api_version, str) or not api_version or not base_url):
             raise ConfigurationError("api_version", "is a date such as '2024-10-21', beside the base_url of a resource")
+        if api_version is not None and str(base_url).rstrip("/").endswith("/openai/v1"):
+            raise ConfigurationError("api_version", "is not for /openai/v1; leave it out, or that path")
         models = None if models is None else tuple(models)
         if models is not None and not all(isinstance(model, str) and model for model in models):
             raise ConfigurationError("models", "must be a list of names or patterns such as 'gpt-4o*'")

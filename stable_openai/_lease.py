@@ -143,7 +143,7 @@ class Lease:
             self._bodies -= 1
             if type(outcome) is Raised:
                 self._body_error = outcome.error
-            rest, self._rest = (None, self._rest) if self._bodies else (self._rest, None)
+            rest = self._take_rest()
             error = self._body_error
         return rest and rest[0](outcome if error is None else Raised(error))
 
@@ -151,9 +151,16 @@ class Lease:
         """A body was not read to its end: what follows does no I/O."""
         with self._mutex:
             self._bodies -= 1
-            rest, self._rest = (None, self._rest) if self._bodies else (self._rest, None)
+            rest = self._take_rest()
         if rest:
             rest[1]()
+
+    def _take_rest(self) -> tuple[Callable[[Outcome], Any], Callable[[], None]] | None:
+        """What ends the lease with the last body, if its holder has returned."""
+        if self._bodies or self._rest is None:
+            return None
+        rest, self._rest, self._over = self._rest, None, True
+        return rest
 
     def is_over(self) -> bool:
         """Whether nothing is under way: if so, nothing begins any more."""
@@ -167,7 +174,7 @@ class Lease:
             if not self.is_over():
                 self._rest = (end, drop)
                 return None
-        return end(Returned(None))
+        return end(Returned(None) if self._body_error is None else Raised(self._body_error))
 
     def unproven(self) -> None:
         """Nothing was sent by whoever holds the lease, so its end proves nothing of the key."""

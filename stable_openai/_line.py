@@ -48,6 +48,7 @@ class Line:
         self.claim = claim
         self.leader: Waiter | None = None
         self.listener: Any = None
+        self.deaf_s = 0.0  # how long it was not listened for after the last break
         self.refusal: Refused | None = None
         self._mutex = threading.Lock()
         # By band; of each those who have returned, and the others.

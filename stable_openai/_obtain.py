@@ -125,8 +125,8 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
             worker.disown(line.to, waiter)
             raise
         line.delay(now, ASK_AGAIN_S)
-    except BaseException:
-        worker.disown(line.to, waiter)
+    except BaseException as error:
+        worker.disown(line.to, waiter, isinstance(error, GeneratorExit))
         raise
     finally:
         line.end_alone(waiter, answer, now_ms, now)
@@ -234,7 +234,7 @@ def _ask_for_all(worker: Worker, line: Line, now: float) -> Steps:
         now, reply = yield from worker.ask(line.to, asks, demand)
     except BaseException as error:
         for waiter in line.miss(asked):
-            worker.disown(line.to, waiter)
+            worker.disown(line.to, waiter, isinstance(error, GeneratorExit))
         if not isinstance(error, BrokerUnavailable):
             raise
         line.failing = True

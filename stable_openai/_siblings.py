@@ -28,6 +28,7 @@ class Siblings:
     def __init__(self, pool: str, known: Mapping[str, Key]) -> None:
         self._pool, self._known = pool, known
         self._organizations: dict[str, tuple[str, ...]] = {}
+        self._told: set[str] = set()
 
     def of(self, fingerprint: str, organization: str) -> tuple[str, ...]:
         """A key has answered for an organisation: the accounts that share it, other than its own."""
@@ -39,7 +40,8 @@ class Siblings:
             if len(found) >= MOST or (not found and len(self._organizations) >= ORGANIZATIONS):
                 return ()
             found = self._organizations[organization] = (*found, key.account)
-            if len(found) > 1:
+            if len(found) > 1 and not self._told.issuperset(found):
+                self._told.update(found)
                 names = ", ".join(sorted(self._known[account].name for account in found if account in self._known))
                 log.warning(
                     "keys.share_account pool=%s keys=%s: they answer for one organisation and share its limits; "

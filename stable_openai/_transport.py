@@ -166,7 +166,7 @@ class Exchange:
             return Started() if error is None else Raised(StreamError(error))
         if response.status_code >= REFUSED:
             return Raised(Refusal(response))
-        self.lease.used(tokens_used(response.content))
+        self.lease.used(_used(self.seen, response))
         return Returned(response)
 
     def response(self, outcome: Any, end: Callable[[Outcome], Any], drop: Callable[[], None]) -> Any:
@@ -207,6 +207,11 @@ def _streams(request: Any, response: Any) -> bool:
         return False
     kind: str = response.headers.get("content-type", "")
     return kind.startswith("text/event-stream") or bool(request.headers.get("x-stainless-raw-response") == "stream")
+
+
+def _used(request: Any, response: Any) -> int | None:
+    """The tokens that an answer cost. What is only looked at again cost them before."""
+    return tokens_used(response.content) if request.method == "POST" else None
 
 
 def _with_body(response: Any, body: Any) -> Any:
@@ -253,9 +258,9 @@ class Broker(http.BaseTransport):
         flow, worker, backend = exchange.flow(None), exchange.worker, exchange.backend
 
         def attempt(granted: Granted) -> Outcome:
-            if exchange.body is not None:
-                exchange.body.close()
             try:
+                if exchange.body is not None:
+                    exchange.body.close()
                 response = self._wire.send(exchange.begin(granted), exchange.follow)
                 if not exchange.streams(response):
                     response.read()
@@ -286,7 +291,7 @@ class Broker(http.BaseTransport):
                 delivered = True
                 return _with_body(response, body)
             response.read()
-            lease.used(tokens_used(response.content))
+            lease.used(_used(request, response))
             return _finished(response, began)
         except (http.RequestError, self._wire.http.RequestError) as error:
             error.request = request  # the one that was sent holds the secret
@@ -324,9 +329,9 @@ class AsyncBroker(http.AsyncBaseTransport):
         flow, worker, backend = exchange.flow(get_running_loop()), exchange.worker, exchange.backend
 
         async def attempt(granted: Granted) -> Outcome:
-            if exchange.body is not None:
-                await exchange.body.aclose()
             try:
+                if exchange.body is not None:
+                    await exchange.body.aclose()
                 response = await self._wire.send(exchange.begin(granted), exchange.follow)
                 if not exchange.streams(response):
                     await response.aread()
@@ -357,7 +362,7 @@ class AsyncBroker(http.AsyncBaseTransport):
                 delivered = True
                 return _with_body(response, body)
             await response.aread()
-            lease.used(tokens_used(response.content))
+            lease.used(_used(request, response))
             return _finished(response, began)
         except (http.RequestError, self._wire.http.RequestError) as error:
             error.request = request  # the one that was sent holds the secret

@@ -51,6 +51,7 @@ waiting_log = logging.getLogger("stable_openai.waiting")
 LONGEST_HOLD_MS = 900_000
 BATCH = 200
 MANY_LINES = 64
+MOST_DISOWNED = 1000
 Steps = Generator[Any, Any, Any]
 Rows = tuple[tuple[int, int | None, int | None], ...]
 
@@ -66,6 +67,7 @@ class Report(NamedTuple):
 
 
 NOTHING = Report()
+_inherited: list[Any] = []
 
 
 class Worker:
@@ -92,22 +94,30 @@ class Worker:
         self.known: dict[str, Key] = {}
         self.siblings = Siblings(pool, self.known)
         self._outputs: dict[str, Outputs] = {}
+        self._told_limits: dict[str, int] = {}  # of tokens, by class: the largest that responses told of
         self.run: Callable[[Steps], Any] = list
         self.on_wait: Callable[[Waiting], object] | None = None
+        self.lines: dict[tuple[str, Any], Line] = {}
+        self.tasks: set[Any] = set()
         self.hold(keys)
         self.begin_life()
 
     def begin_life(self) -> None:
-        """A new name and no leases; in a forked child too, which is another worker."""
+        """A new name and no leases; in a forked child too, which is another worker. (What hangs on its parent's event
+        loops is kept there: its end would take sockets out of the parent's selector.)"""
+        of_loops = [line for (_, loop), line in self.lines.items() if loop is not None]
+        if of_loops or self.tasks:
+            _inherited.append((of_loops, self.tasks))
         self.id = os.urandom(8).hex()
         self._numbers = itertools.count(1)
         self._registered: set[str] = set()
-        self.lines: dict[tuple[str, Any], Line] = {}
+        self.lines = {}
         self._line_numbers = itertools.count(1)
         self._why_out: tuple[float, str, dict[str, str] | None] = (-math.inf, "", None)
         self.live: dict[str, tuple[Registration, float]] = {}
         self.pending: deque[tuple[Registration, Closing]] = deque()
-        self.tasks: set[Any] = set()
+        self._stuck = False  # what is pending could not be settled the last time
+        self.tasks = set()
 
     def hold(self, keys: Sequence[Key]) -> None:
         """Hold these keys from now on. Raises ConfigurationError where keys of one account disagree on its limits."""
@@ -167,7 +177,13 @@ class Worker:
         """The tokens that a call reserves."""
         to = self.registration(model)
         outputs = self._outputs.get(to.model_class) or Outputs()
-        return outputs.reserved(estimate, by_use=bool(to.quotas[0][1]))
+        reserved = outputs.reserved(estimate, by_use=bool(to.quotas[0][1]))
+        declared = [limit for quota in to.quotas for limit in (quota[11], quota[15]) if limit]
+        if not declared:  # the limit is the upstream's word: what is larger is for the upstream to refuse
+            return min(reserved, self._told_limits.get(to.model_class, reserved))
+        if estimate.output is not None:
+            return reserved
+        return min(reserved, max(1, estimate.prompt, int(min(declared))))  # a guess is never too large
 
     def declared(self, model: str) -> Limits:
         """The limits of a model's class, as the manager was given them."""
@@ -210,7 +226,7 @@ class Worker:
         """Ask for leases; those that are granted are renewed from now on."""
         if self.warn_once:
             self._warn()
-        if self.pending:
+        if self.pending and not self._stuck:
             yield from self.flush()
         if to.ring not in self._registered:
             yield from self.register(to)
@@ -232,9 +248,13 @@ class Worker:
         if not line.hand_on(lease, request.tokens, request.model):
             yield from self.settle(request, lease, "unsent")
 
-    def disown(self, to: Registration, waiter: Waiter) -> None:
-        """The answer to a call's ask is not known, and nobody waits for it: what it may be granted is given back."""
-        self.pending.append((to, Closing(waiter.id, "", "", waiter.request.model, "unsent")))
+    def disown(self, to: Registration, waiter: Waiter, finalising: bool = False) -> None:
+        """The answer to a call's ask is not known, and nobody waits for it: what it may be granted is given back (or
+        expires, where there are too many; or where it was a parent's, in a forked child, is its own affair)."""
+        if len(self.pending) < MOST_DISOWNED and waiter.id.startswith(f"{self.id}:"):
+            self.pending.append((to, Closing(waiter.id, "", "", waiter.request.model, "unsent")))
+            if not finalising:
+                heartbeat.watch(self)
 
     def awaits(self, id: str) -> bool:
         """Whether somebody has the lease, or will ask for it again."""
@@ -247,7 +267,7 @@ class Worker:
         if type(granted) is Granted and not line.hand_on(granted, request.tokens, request.model):
             self.abandon(request, granted, "unsent")
         if waiter.unsure and not waiter.asking:
-            self.disown(line.to, waiter)
+            self.disown(line.to, waiter, finalising=True)
         _, listener = line.end()
         if listener is not None:
             listener.drop()
@@ -282,22 +302,28 @@ class Worker:
         closing = self._closing(request, lease, outcome, detail, told)
         try:
             _, replies = yield Settle(to, self.ttl_ms, (closing,))
-        except BrokerUnavailable:
+        except BaseException as error:
+            self.pending.append((to, closing))  # settled twice is settled once
+            if not isinstance(error, BrokerUnavailable):
+                raise
             log.warning("settle.deferred pool=%s lease=%s", self.pool, lease.id)
-            self.pending.append((to, closing))
             heartbeat.watch(self)
             return ""
-        if replies[0].code == 1:
-            log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, lease.id, self.label(lease.key))
+        if replies[0].code == 1 and live[1] < math.inf:
+            self._log_lost(closing)
         advice = str(replies[0].advice)
         if advice == "healed":
             yield from self.wake_all()
         return advice
 
+    def _log_lost(self, closing: Closing) -> None:
+        log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, closing.id, self.label(closing.key))
+
     def abandon(self, request: Request, lease: Granted, outcome: str, told: Report = NOTHING) -> None:
         """Close a lease from a finaliser: the closing is only queued, and no lock is taken."""
         live = self.live.get(lease.id)
         if live is not None:
+            told = told._replace(organization="")  # what that may log takes a lock
             self.pending.append((live[0], self._closing(request, lease, outcome, "", told)))
             self.live.pop(lease.id, None)
 
@@ -311,15 +337,18 @@ class Worker:
         text = ""
         if seen:
             text = seen_text(seen, self.declared(request.model), self.headroom_s)
-            if any(number > 1 for number, _, _ in seen):
+            limits = [limit for number, limit, _ in seen if number > 1 and limit]
+            if limits:
                 self._needs_tokens[request.model] = True
+                name = class_of(request.model, self.classes)
+                self._told_limits[name] = max(min(limits), self._told_limits.get(name, 0))
         siblings = self.siblings.of(lease.key, organization) if organization else ()
         return Closing(
             lease.id, lease.account, lease.key, request.model, outcome, tokens, detail, jitter, text, siblings
         )
 
     def flush(self) -> Steps:
-        """Settle what is pending."""
+        """Settle what is pending. Where the store does not answer, that is left to the heartbeat, from the rest on."""
         taken: dict[str, tuple[Registration, list[Closing]]] = {}
         try:
             while True:
@@ -337,13 +366,21 @@ class Worker:
                 try:
                     _, replies = yield Settle(to, self.ttl_ms, tuple(batch))
                     healed = any(reply.advice == "healed" for reply in replies)
+                    for closing, reply in zip(batch, replies):
+                        if reply.code == 1:
+                            self._log_lost(closing)
                 except BrokerUnavailable:
-                    later += open_still[: len(batch)]
+                    later = open_still[: len(batch)]
                 del open_still[: len(batch)]
+                self._stuck = bool(later)
+                if later:
+                    break
                 if healed:
                     yield from self.wake_all()
         finally:  # a caller who is cancelled meanwhile leaves the rest to the next one
-            self.pending.extend(later + open_still)
+            self.pending.extend(open_still + later)
+            if later:
+                heartbeat.watch(self)
 
     def renew(self, now: float) -> Steps:
         """Extend the leases that were granted or renewed a third of their ttl ago."""
@@ -412,12 +449,13 @@ class Worker:
     def admin(self, verb: str, key: Key, ms: int | None = None) -> Steps:
         """disable, enable or reset a key in the whole pool."""
         to = next(iter(self.registrations()), None) or self.registration("-")
-        _, snapshot = yield from self.inspect_registration(to)
-        op = Admin(self.pool, verb, key.fingerprint, key.account, ms, tuple(snapshot.classes))
-        _, done = yield op
-        if not done:  # Redis has lost its state since this worker registered
-            yield from self.register(to)
-            yield op
+        for _ in range(2):
+            _, snapshot = yield from self.inspect_registration(to)
+            classes = tuple(dict.fromkeys((*snapshot.classes, *self.class_names)))
+            _, done = yield Admin(self.pool, verb, key.fingerprint, key.account, ms, classes)
+            if done:
+                break
+            self._registered.discard(to.ring)  # Redis has lost its state since then
         log.info("key.%s pool=%s key=%s", verb, self.pool, key.name)
 
     def wake_all(self) -> Steps:

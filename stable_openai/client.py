@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, cached_property
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
 
@@ -26,10 +26,14 @@ from stable_openai._wire import AsyncWire, Wire
 from stable_openai.errors import ConfigurationError
 from stable_openai.manager import PRIORITY, KeyManager, check_number
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["AsyncAzureOpenAI", "AsyncOpenAI", "AzureOpenAI", "OpenAI"]
 
 OWN = ("api_key", "workload_identity", "provider", "azure_ad_token", "azure_ad_token_provider")
 RESOURCES = ("realtime", "live", "responses", "beta")  # with websockets in them
+BESIDE = "is given beside manager=; leave it out, the manager has the keys"
 _LEFT_OUT: Any = object()
 _Class = TypeVar("_Class", bound=type)
 
@@ -66,8 +70,8 @@ class _AsyncHttpClient(openai.DefaultAsyncHttpxClient):
 
 
 def _given(http_client: Any) -> dict[str, Any]:
-    """What is taken over from the user's own HTTP client when that is given; otherwise no cookie is kept, for it would be
-    one account's, and this serves many."""
+    """What is taken over from the user's own HTTP client when that is given; else no cookie is kept: it would be one
+    account's, and this serves many."""
     if http_client is None:
         return {"cookies": CookieJar(DefaultCookiePolicy(allowed_domains=()))}
     return {"timeout": _timeout(http_client), "default_encoding": getattr(http_client, "_default_encoding", "utf-8")}
@@ -86,6 +90,17 @@ def _follow(mine: Any, http_client: Any) -> None:
 
 def _timeout(http_client: Any) -> Any:
     return openai.Timeout(**http_client.timeout.as_dict())
+
+
+def _checked(settings: Settings) -> Settings:
+    """How a client asks for leases, if it can be so."""
+    if settings.manager is not None and not isinstance(settings.manager, KeyManager):
+        raise ConfigurationError("manager", "must be a KeyManager")
+    if settings.priority not in range(BANDS):
+        raise ConfigurationError("priority", f"must be a whole number from 0 (most urgent) to {BANDS - 1}")
+    if settings.max_wait is not None:
+        check_number("max_wait", settings.max_wait, 0, float("inf"))
+    return settings
 
 
 class _Leasing:
@@ -119,19 +134,13 @@ class _Leasing:
         _settings: Settings | None = None,
         **options: Any,
     ) -> None:
-        if manager is not None and not isinstance(manager, KeyManager):
-            raise ConfigurationError("manager", "must be a KeyManager")
-        if priority not in range(BANDS):
-            raise ConfigurationError("priority", f"must be a whole number from 0 (most urgent) to {BANDS - 1}")
-        if max_wait is not None:
-            check_number("max_wait", max_wait, 0, float("inf"))
+        made = _checked(Settings(manager, max_wait, priority, affinity, max_retries))
         inherited = settings_of(options.get("api_key"))
         self.settings: Settings | None = None
         if inherited is None and any(options.get(name) is not None for name in OWN):
             if manager is not None or _settings is not None:
-                raise ConfigurationError("api_key", "is given beside manager=; leave it out, the manager has the keys")
+                raise ConfigurationError("api_key", BESIDE)
         else:
-            made = Settings(manager, max_wait, priority, affinity, max_retries)
             self.settings = _settings or inherited or made
             options["api_key"] = token_for(self)
         if not isinstance(http_client, (_HttpClient, _AsyncHttpClient)) and (self.settings or http_client is None):
@@ -149,30 +158,33 @@ class _Leasing:
         affinity: object = _LEFT_OUT,
         max_retries: Any = openai.NOT_GIVEN,
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """A client with other options, on the same connections."""
         settings = self.settings
         given = not isinstance(max_retries, type(openai.NOT_GIVEN))
         if settings is None or any(options.get(name) is not None for name in OWN):
+            if manager is not None:
+                raise ConfigurationError("api_key", BESIDE)
             if settings is not None and not given:
                 max_retries = settings.retries
-            return super().copy(max_retries=max_retries, **options)  # type: ignore[misc]
+            return super().copy(max_retries=max_retries, **options)  # type: ignore[misc,no-any-return]
         changed: dict[str, Any] = {"manager": manager, "priority": priority}
         changed = {name: value for name, value in changed.items() if value is not None}
         changed |= {} if max_wait is _LEFT_OUT else {"max_wait": max_wait}
         changed |= {} if affinity is _LEFT_OUT else {"affinity": affinity}
         changed |= {"retries": max_retries} if given else {}
-        extra = {**options.pop("_extra_kwargs", {}), "_settings": settings._replace(**changed)}
-        return super().copy(max_retries=max_retries, _extra_kwargs=extra, **options)  # type: ignore[misc]
+        extra = {**options.pop("_extra_kwargs", {}), "_settings": _checked(settings._replace(**changed))}
+        return super().copy(max_retries=max_retries, _extra_kwargs=extra, **options)  # type: ignore[misc,no-any-return]
 
     with_options = copy
 
-    def bound(self, manager: KeyManager, lease: Lease) -> Any:
+    def __copy__(self) -> Self:
+        return self.copy()
+
+    def bound(self, manager: KeyManager, lease: Lease) -> Self:
         """A copy that uses a lease for as long as that is live."""
-        request, key = lease.request, lease.key
-        settings = Settings(manager, request.max_wait, request.band, lease=lease)
-        options = {"base_url": key.base_url} if key.base_url and key.api_version is None else {}
-        return super().copy(_extra_kwargs={"_settings": settings}, **options)  # type: ignore[misc]
+        settings = Settings(manager, lease.request.max_wait, lease.request.band, lease=lease)
+        return super().copy(_extra_kwargs={"_settings": settings})  # type: ignore[misc,no-any-return]
 
 
 def _refuse(self: Any, *args: Any, **options: Any) -> Any:

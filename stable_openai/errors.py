@@ -11,6 +11,8 @@ StableError
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BrokerUnavailable",
     "ConfigurationError",
@@ -24,6 +26,17 @@ __all__ = [
 
 class StableError(Exception):
     """The root of the errors of this package."""
+
+    def __reduce__(self) -> Any:
+        """Errors travel between processes: as what they are here, also those that a client has raised."""
+        kind = next(kind for kind in type(self).__mro__ if globals().get(kind.__name__) is kind)
+        return _remade, (kind, self.args, self.__dict__)
+
+
+def _remade(kind: type[StableError], args: tuple[Any, ...], attributes: dict[str, Any]) -> StableError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigurationError(StableError, ValueError):

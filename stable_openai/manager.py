@@ -373,9 +373,7 @@ def default_manager() -> KeyManager:
         with _registry:
             names = sorted({manager.pool for manager in _open})
         if names:
-            raise ConfigurationError(
-                "manager", f"several pools are open ({', '.join(names)}); write @stable(manager=...)"
-            )
+            raise ConfigurationError("manager", f"several pools are open ({', '.join(names)}); say which: manager=...")
         return KeyManager()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pytest
 
-from stable_openai import Key, KeyManager, Limits, OpenAI, stable
+from stable_openai import Key, KeyManager, Limits, stable
 from stable_openai.testing import Failure, FakeOpenAI
 from tests.worlds import *  # noqa: F403  its fixtures too
 from tests.worlds import ASK, STREAM, WAYS, Sync, World
@@ -92,7 +92,7 @@ def test_the_tokens_that_an_answer_names_are_charged(
                     assert world.used() - before == answer.usage.total_tokens
 
         colour.run(story())
-        world.manager.close()
+        world.close()
 
 
 def test_an_injected_client_after_its_lease(make: Callable[..., World], fake: FakeOpenAI) -> None:
@@ -153,7 +153,7 @@ def test_a_request_that_outlives_its_function(fake: FakeOpenAI, redis: Any) -> N
     assert world.live() == 0
     list(world.client.chat.completions.create(**STREAM))
     assert fake.max_in_flight == {"sk-a": 1}
-    world.manager.close()
+    world.close()
 
 
 def test_nested(fake: FakeOpenAI, redis: Any) -> None:
@@ -173,7 +173,7 @@ def test_nested(fake: FakeOpenAI, redis: Any) -> None:
     assert world.live() == 1
     other.close()
     assert world.live() == 0
-    world.manager.close()
+    world.close()
 
 
 def test_no_cookie_of_one_account_is_sent_for_another() -> None:
@@ -187,5 +187,20 @@ def test_no_cookie_of_one_account_is_sent_for_another() -> None:
             return client._client.cookies.jar
 
         assert not list(ask())
-        assert not list(OpenAI(manager=manager)._client.cookies.jar)
         manager.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stream_that_breaks_off_says_what_is_wrong_with_its_key(
+    make: Callable[..., World], fake: FakeOpenAI, way: str
+) -> None:
+    world = make()
+
+    async def story() -> None:
+        fake.fail(Failure.stream_error("rate_limit_exceeded", after=2))
+        with pytest.raises(openai.APIError):
+            await world.colour.rest(await world.open(way))
+        await world.settled()
+        assert [key.state for key in world.manager.status().keys] == ["cooldown"]
+
+    world.colour.run(story())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import zlib
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stable_openai import ConfigurationError, Key
+from stable_openai import ConfigurationError, Exhausted, Key, NoKeys, RequestTooLarge
 from stable_openai._endpoint import addressed, read_request
 from stable_openai._estimate import Estimate, Outputs
+from stable_openai._transport import _as_openai
 from stable_openai._usage import Tail, last_error, tokens_used
 from stable_openai._wire import http
 
@@ -247,3 +249,29 @@ def test_an_estimate_is_bounded(tokens: list[int], prompt: int, output: int) -> 
         outputs.note(one)
     for by_use in (False, True):
         assert 1 <= outputs.reserved(Estimate(prompt, output), by_use=by_use) <= max(1, prompt + output)
+
+
+def test_a_path_stays_as_it_is_encoded() -> None:
+    made = http.Request("GET", f"{OPENAI}models/..%2Fa%3Fb%23c%25", headers={"Authorization": "Bearer token"})
+    got = sent(made, OPENAI, Key("sk-a", base_url="https://host/v1"))
+    assert got.url.raw_path == b"/v1/models/..%2Fa%3Fb%23c%25"
+
+
+def test_the_headers_of_the_clients_own_account_stay_at_its_host() -> None:
+    own = {"OpenAI-Organization": "org-1", "OpenAI-Project": "p", "Cookie": "a=b", "X-Mine": "1"}
+    made = http.Request("GET", f"{OPENAI}models", headers={"Authorization": "Bearer token", **own})
+    got = sent(made, OPENAI, Key("sk-a", base_url="https://host/v1"))
+    assert {name for name in own if name in got.headers} == {"X-Mine"}
+    assert {name for name in own if name in sent(made, OPENAI, Key("sk-a")).headers} == {*own}
+
+
+def test_errors_travel_between_processes() -> None:
+    for error in (
+        Exhausted("m", retry_after=1.5, reason="rpm", key="a"),
+        NoKeys("m", keys={"a": "b"}, retry_after=None, reason="401"),
+        ConfigurationError("field", "is wrong"),
+        _as_openai(RequestTooLarge("m", tokens=3, limit="tpm")),
+    ):
+        same = pickle.loads(pickle.dumps(error))
+        assert isinstance(error, type(same))
+        assert (str(same), same.__dict__) == (str(error), error.__dict__)

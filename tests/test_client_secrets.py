@@ -329,7 +329,8 @@ ROUTES: dict[str, Callable[[Any, FakeOpenAI, FakeOpenAI], Any]] = {
 def test_each_host_sees_its_own_secret(
     fakes: tuple[FakeOpenAI, FakeOpenAI], arrived: dict[int, list[dict[str, str]]], kind: Any, base: str, route: str
 ) -> None:
-    manager = KeyManager(keys_of(kind, *fakes), pool="test-secrets", max_wait=1.0)
+    keys = [*keys_of(OpenAI, *fakes)[:1], *keys_of(AzureOpenAI, *fakes)[1:]]
+    manager = KeyManager(keys, pool="test-secrets", max_wait=1.0)
     at = {"nowhere": "http://127.0.0.1:9", "one": home(fakes[0], azure=True), "other": home(fakes[1], azure=True)}[base]
     place = {"azure_endpoint": at} if "Azure" in kind.__name__ else {"base_url": f"{at}/v1"}
     for _ in range(3):
@@ -345,7 +346,7 @@ def test_each_host_sees_its_own_secret(
     manager.close()
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [route for route in ROUTES if route != "the user's own header"])
 @pytest.mark.parametrize("kind", [OpenAI, AsyncOpenAI], ids=lambda kind: kind.__name__)
 def test_an_injected_client_too(
     fakes: tuple[FakeOpenAI, FakeOpenAI], arrived: dict[int, list[dict[str, str]]], kind: Any, route: str
@@ -425,4 +426,35 @@ def test_redirects(
         assert len(bare) == 1
     elif status >= 307:
         assert [entry.status for entry in one.log] == [307, 200, 200]
+    manager.close()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["ours", "the user's http client"])
+@pytest.mark.parametrize("kind", [OpenAI, AsyncOpenAI], ids=lambda kind: kind.__name__)
+def test_cookies_stay_at_their_host(
+    fakes: tuple[FakeOpenAI, FakeOpenAI], arrived: dict[int, list[dict[str, str]]], kind: Any, own: bool
+) -> None:
+    """The cookies of one key's host are not sent to another's, which the client takes for the same; ours keep none."""
+    one, other = fakes
+    for fake, name in ((one, "one"), (other, "other")):
+        fake.fail(Failure.error(400, headers={"set-cookie": f"session=tied-to-{name}; Path=/"}), times=2)
+    manager = KeyManager([Key(ONE, base_url=home(one)), Key(OTHER)], pool="test-secrets")
+    made_by_user = (
+        (openai.DefaultAsyncHttpxClient if kind is AsyncOpenAI else openai.DefaultHttpxClient)() if own else None
+    )
+    client = kind(manager=manager, base_url=home(other), http_client=made_by_user)
+
+    async def story() -> None:
+        for _ in range(8):
+            with suppress(openai.BadRequestError):
+                made = client.chat.completions.create(**ASK)
+                await made if inspect.isawaitable(made) else made
+        closing = client.close()
+        if closing is not None:
+            await closing
+
+    asyncio.run(story())
+    assert "tied-to" not in str(arrived[port(one)])
+    assert "tied-to-one" not in str(arrived[port(other)])
+    assert ("tied-to-other" in str(arrived[port(other)][-1])) is own
     manager.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +19,10 @@ import anyio
 import openai
 import pytest
 
+from stable_openai import Limits
 from stable_openai._clients import shared_client
 from stable_openai._ops import Renew
+from stable_openai._wire import http
 from stable_openai.testing import Failure, FakeOpenAI
 from tests.worlds import *  # noqa: F403  its fixtures too
 from tests.worlds import STREAM, WAYS, Async, Sync, World, read, wire_of
@@ -161,13 +165,11 @@ def test_retried_only_before_the_first_item(make: Callable[..., World], fake: Fa
     world.colour.run(story())
 
 
-@pytest.mark.parametrize("taken", [0, 1, 3])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_garbage_collector_waits_for_nothing(make: Callable[..., World], way: str, taken: int) -> None:
-    """Whichever locks are held meanwhile, and nothing is asked of the store."""
-    world = make(lease_ttl=60.0)  # so that the heartbeat asks nothing meanwhile
+async def drop(world: World, box: list[Any], how: Callable[[list[Any]], object]) -> None:
+    """Drop what is in a box, in a thread, while others hold all locks: nothing may be asked of the store then, and no
+    connection closed."""
     backend, asked = world.manager._backend, []
-    held, release = threading.Event(), threading.Event()
+    held, release, close = threading.Event(), threading.Event(), socket.socket.close
 
     def hold() -> None:
         with ExitStack() as stack:
@@ -176,26 +178,71 @@ def test_the_garbage_collector_waits_for_nothing(make: Callable[..., World], way
             held.set()
             release.wait()
 
+    def closing(one: Any) -> None:
+        if threading.current_thread() is dropper:
+            asked.append(one)
+        close(one)
+
+    dropper = threading.Thread(target=how, args=[box], daemon=True)
+    holder = threading.Thread(target=hold, daemon=True)
+    with patch.object(backend, "run", asked.append), patch.object(socket.socket, "close", closing):
+        holder.start()
+        held.wait()
+        dropper.start()
+        dropper.join(5)
+        stuck = dropper.is_alive()
+        if not stuck and how is collect:
+            await world.until(lambda: not world.worker.live)
+        release.set()
+        holder.join()
+    assert not stuck
+    assert asked == []
+
+
+def collect(box: list[Any]) -> None:
+    box.append(box)  # a cycle
+    box.clear()
+    gc.collect()
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_who_drops_a_stream_waits_for_nothing(make: Callable[..., World], way: str, taken: int) -> None:
+    world = make(lease_ttl=60.0)  # so that the heartbeat asks nothing meanwhile
+
     async def story() -> None:
-        box = [await world.open(way)]
-        box.append(box)  # a cycle
-        for _ in range(taken):
+        for how in (list.clear, collect):
+            box = [await world.open(way)]
+            for _ in range(taken):
+                await world.colour.next(box[0])
+            await drop(world, box, how)
+            gc.collect()
+            await world.settled()
+
+    world.colour.run(story())
+
+
+EVENTS = [{"choices": [{"index": 0, "delta": {"content": "x"}}]}] * 3
+EVENTS.append({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}})
+
+
+@pytest.mark.parametrize("how", [list.clear, collect])
+def test_a_stream_that_is_dropped_when_all_of_it_has_come(make: Callable[..., World], how: Any) -> None:
+    """In one piece: what it says of its tokens counts."""
+    world = make(lease_ttl=60.0, limits=Limits(tpm=1000, charge="used", rule="sliding"))
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in (*EVENTS, "[DONE]")).replace('"[DONE]"', "[DONE]")
+    answer = http.Response(200, headers={"content-type": "text/event-stream"}, stream=http.ByteStream(body.encode()))
+    own = (http.Client if world.colour is Sync else http.AsyncClient)(transport=http.MockTransport(lambda _: answer))
+    client = world.colour.client(manager=world.manager, http_client=own)
+
+    async def story() -> None:
+        box = [world.colour.iterated(client.chat.completions.create(**STREAM))]
+        for _ in range(2):
             await world.colour.next(box[0])
-        holder, collector = threading.Thread(target=hold), threading.Thread(target=gc.collect, daemon=True)
-        with patch.object(backend, "run", asked.append), patch.object(backend, "arun", asked.append, create=True):
-            holder.start()
-            held.wait()
-            del box
-            collector.start()
-            collector.join(5)
-            stuck = collector.is_alive()
-            if not stuck:
-                await world.until(lambda: not world.worker.live)
-            release.set()
-            holder.join()
-        assert not stuck
-        assert asked == []
+        await drop(world, box, how)
+        gc.collect()
         await world.settled()
+        assert world.used() == 7
 
     world.colour.run(story())
 
@@ -225,8 +272,10 @@ def test_cancelled(fake: FakeOpenAI, redis: Any, way: str, failure: Failure, by:
     async def story() -> None:
         fake.fail(failure)
         if by == "a deadline":
+            task = asyncio.ensure_future(consume())
+            await asyncio.to_thread(fake.wait_for, lambda fake: fake.in_flight)
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(consume(), 0.1)
+                await asyncio.wait_for(task, 0.05)
         elif by == "another task":
             task = asyncio.ensure_future(consume())
             await asyncio.to_thread(fake.wait_for, lambda fake: fake.in_flight)
@@ -250,7 +299,27 @@ def test_cancelled(fake: FakeOpenAI, redis: Any, way: str, failure: Failure, by:
 
     asyncio.run(story())
     fake.wait_for(lambda fake: fake.connections.open == 0)
-    world.manager.close()
+    world.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cancelled_at_any_step(fake: FakeOpenAI, redis: Any, way: str) -> None:
+    world = World(Async, fake, redis)
+
+    async def story() -> None:
+        for steps in range(40):
+            task = asyncio.ensure_future(read(world, way))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await world.settled()
+        await read(world, way)
+        await world.until(lambda: fake.connections.open == 1 and fake.in_flight == 0)
+
+    asyncio.run(story())
+    world.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1])
@@ -273,7 +342,7 @@ def test_a_loop_that_ends_with_an_open_stream(fake: FakeOpenAI, redis: Any, way:
     gc.collect()
     asyncio.run(story())  # the same client on another loop
     kept.clear()
-    world.manager.close()
+    world.close()
 
 
 # asyncio warns of transports that it has to close when they are collected, under openai's own client too.
@@ -297,9 +366,10 @@ def test_a_loop_that_is_closed_and_nothing_with_it(fake: FakeOpenAI, redis: Any)
             asyncio.run(read(world, way))
         gc.collect()
         fake.wait_for(lambda fake: fake.connections.open == 0 and fake.in_flight == 0)
-    world.manager.close()
+    world.close()
     del world, loop
-    gc.collect()
+    while gc.collect():
+        pass
 
 
 @LEFT_OPEN
@@ -354,7 +424,7 @@ def test_threads_that_come_at_once_share_the_connections(fake: FakeOpenAI, redis
     world.client.close()
     fake.wait_for(lambda fake: fake.connections.open == 0)
     assert fake.connections.total <= 16
-    world.manager.close()
+    world.close()
 
 
 def sockets() -> int:
@@ -397,10 +467,14 @@ def test_nothing_leaks(make: Callable[..., World], fake: FakeOpenAI) -> None:
 
 def test_a_fork_with_an_open_stream(fake: FakeOpenAI, redis: Any) -> None:
     world = World(Sync, fake, redis)
-    fake.fail(Failure.stall(after=2))
+    fake.fail(Failure.stall(after=2), times=2)
     box = [Sync.run(world.open("client"))]
     next(box[0])
     other = Sync.run(world.open("returned"))
+    for way in ("client", "returned"):
+        Sync.run(read(world, way))  # its connection is idle now
+    fake.clear()
+    ours = fake.connections.total
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -418,8 +492,9 @@ def test_a_fork_with_an_open_stream(fake: FakeOpenAI, redis: Any) -> None:
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0
+    assert min(entry.connection for entry in fake.log) > ours
     assert world.live() == 2
     fake.release()
-    assert min(len(list(box[0])), len(list(other))) > 1
+    assert (len(list(box[0])), len(list(other))) == (4, 5)  # an item was taken of the first
     assert world.live() == 0
-    world.manager.close()
+    world.close()

@@ -9,8 +9,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from openai import RateLimitError
 
 from stable_openai import AsyncOpenAI, AzureOpenAI, Exhausted, Key, KeyManager, Limits, OpenAI, stable
+from stable_openai._estimate import Estimate, Outputs
 from stable_openai.testing import Failure, FakeOpenAI, Limit
 
 ASKED: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]}
@@ -213,3 +215,18 @@ def test_azure_and_openai_in_one_pool(store: Any) -> None:
         assert len(theirs.log) == len(azure.log) == 4
         assert {(entry.key, entry.model) for entry in theirs.log} == {("sk-o", "gpt-4o")}
         assert {(entry.key, entry.model) for entry in azure.log} == {("az-1", "my-deployment")}
+
+
+def test_a_guess_is_never_larger_than_the_limits(managers: Any) -> None:
+    """Neither what outputs were, nor what a request states where only the upstream told of a limit."""
+    with FakeOpenAI(keys={"sk-a": "org-a"}, limits=Limit(tpm=6000), output_tokens=5) as fake:
+        learned = managers(fake)
+        ask(learned, max_tokens=5)
+        with suppress(RateLimitError):
+            ask(learned, max_tokens=32_768, n=2)
+        assert meter(learned, "tpm").used <= 6000
+        declared = managers(fake, limits=Limits(tpm=10_000))
+        worker = declared._worker
+        for tokens in (1000, 9000) * 8:
+            worker._outputs.setdefault("gpt-4o", Outputs()).note(tokens)
+        assert worker.reserve("gpt-4o", Estimate(10, None)) == 10_000

@@ -12,8 +12,8 @@ from stable_openai import KeyManager, Limits
 from tests.servers import private_cluster, private_sentinel
 
 
-def exercise(where: Any) -> None:
-    manager = KeyManager(["sk-a", "sk-b"], where, pool="test-topology", limits=Limits(rpm=5))
+def exercise(where: Any, pool: str = "test-topology") -> None:
+    manager = KeyManager(["sk-a", "sk-b"], where, pool=pool, limits=Limits(rpm=5))
     with manager.lease():
         pass
     manager.disable("sk-a")

@@ -296,7 +296,12 @@ class Twins(RuleBasedStateMachine):
 
         def ask() -> Any:
             self.number += 1
-            return self.both(Acquire(self.to, TTL, (Ask(f"w:{self.number}", tokens, "gpt"),)))
+            op = Acquire(self.to, TTL, (Ask(f"w:{self.number}", tokens, "gpt"),))
+            reply = self.both(op)
+            if isinstance(reply, NotRegistered):  # the days that were registered are over
+                self.register()
+                reply = self.both(op)
+            return reply
 
         reply = ask()
         if isinstance(reply, NotRegistered):

@@ -44,6 +44,12 @@ class Sync:
         return list(stream)
 
     @staticmethod
+    def iterated(made: Any) -> Iterator[Any]:
+        """A generator of the user's that closes its stream."""
+        with made as stream:
+            yield from stream
+
+    @staticmethod
     async def pause() -> None:
         time.sleep(0.001)  # noqa: ASYNC251  no event loop runs
 
@@ -72,6 +78,12 @@ class Async(Sync):
     @staticmethod
     async def rest(stream: Any) -> list[Any]:
         return [item async for item in stream]
+
+    @staticmethod
+    async def iterated(made: Any) -> AsyncIterator[Any]:  # type: ignore[override]
+        async with await made as stream:
+            async for item in stream:
+                yield item
 
     @staticmethod
     async def pause() -> None:
@@ -121,6 +133,11 @@ class World:
     def used(self) -> float:
         return sum(meter.used for meter in self.manager.status().keys[0].meters if meter.limit == "tpm")
 
+    def close(self) -> None:
+        if self.colour is Sync and hasattr(self, "client"):  # async clients close with their loop
+            self.client.close()
+        self.manager.close()
+
     async def settled(self) -> None:
         await self.until(lambda: not self.worker.live)
         assert self.live() == 0
@@ -161,4 +178,4 @@ def make(colour: Any, fake: FakeOpenAI, redis: Any) -> Iterator[Callable[..., Wo
 
     yield make
     for world in worlds:
-        world.manager.close()
+        world.close()

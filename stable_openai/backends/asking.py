@@ -116,6 +116,8 @@ class Asking:
                 self.line.left[band] -= 1
             return Gone()
         if lease:
+            lease.expires = self.pool.now + self.op.ttl_ms  # who asks again has not had it so far
+            self.known.watch(ask.id, lease.expires)
             if self.line:
                 self.line.served(band, ask.tokens, ask.model)
             return Granted(ask.id, lease.key, lease.account)

@@ -19,7 +19,10 @@ socket unnoticed, in TLS or in the parser: a read goes on until it has the reply
 **Event loops** have one task for each pop, from connecting to its reply, which waits come and go beside: to cancel a
 wait cancels no command half sent. A loop's runner cancels that task when it ends; the pop is then read on by another.
 
-A connection that fails, and any error reply (MOVED, READONLY, no right to BLPOP), breaks the listener for good.
+A connection that fails, and any error reply (MOVED, READONLY, no right to BLPOP), breaks the listener for good. So
+does a wait that begins after the list has gone elsewhere, by what the client has learned meanwhile: a host that has
+vanished ends no pop. In a cluster a listener begins with a plain command, which redis-py has follow the list.
+
 After a fork the child forgets its listeners: what is collected there closes descriptors and sends nothing.
 """
 
@@ -59,7 +62,7 @@ class Listener:
     """
 
     def __init__(self, client: Any, key: str) -> None:
-        self.broken = False
+        self.broken = self.refused = False  # refused: by an error reply, so no wake can have been lost
         self._client, self._key = client, key
         self._server: Any = None  # the client of the node that holds the list
         self._connection: Any = None
@@ -74,6 +77,8 @@ class Listener:
         """The wake that was popped; None after a nudge or `seconds`, and at once when broken."""
         deadline = time.monotonic() + seconds
         try:
+            if self._connection is not None and not _holds(self._client, self._connection, self._key):
+                self._leave(clean=False)
             while not self.broken:
                 self._begin()
                 left = deadline - time.monotonic()
@@ -88,7 +93,8 @@ class Listener:
                         return self._read(GLANCE_S)
                 if left <= 0:
                     return None
-        except Exception:  # redis-py raises AttributeError too, where another thread closes the client
+        except Exception as error:  # redis-py raises AttributeError too, where another thread closes the client
+            self.refused = isinstance(error, redis.ResponseError)
             self._leave(clean=False)
         return None
 
@@ -182,7 +188,7 @@ class AsyncListener:
     """The same on the running event loop."""
 
     def __init__(self, client: Any, key: str) -> None:
-        self.broken = False
+        self.broken = self.refused = False
         self._client, self._key = client, key
         self._loop = asyncio.get_running_loop()
         self._bell = self._loop.create_future()
@@ -194,6 +200,10 @@ class AsyncListener:
 
     async def wait(self, seconds: float) -> int | None:
         """See Listener.wait. When it is cancelled, the next wait or stop returns what it would have."""
+        if self._connection is not None and not _holds(self._client, self._connection, self._key):
+            if self._popping is not None:
+                self._popping.cancel()
+            await self._leave(clean=False)
         if self.broken:
             return None
         popping = self._begin()
@@ -204,6 +214,7 @@ class AsyncListener:
         if not popping.done() or popping.cancelled():
             return None
         if popping.exception() is not None:
+            self.refused = isinstance(popping.exception(), redis.ResponseError)
             await self._leave(clean=False)
             return None
         self._popping = None
@@ -305,7 +316,17 @@ def _node(client: Any, key: str) -> Any:
     """The client of the server that holds a key: one of a cluster's, or the client itself."""
     if not hasattr(client, "nodes_manager"):
         return client
+    client.execute_command("LLEN", key)
     return client.get_redis_connection(client.get_node_from_key(key))
+
+
+def _holds(client: Any, connection: Any, key: str) -> bool:
+    """Whether the server that a connection leads to holds a key, as far as the client knows by now."""
+    if hasattr(client, "nodes_manager"):
+        node = client.get_node_from_key(key)
+        return bool((node.host, node.port) == (connection.host, connection.port))
+    primary = getattr(client.connection_pool, "master_address", None)  # which only a Sentinel's pool has
+    return primary is None or bool(primary == (connection.host, connection.port))
 
 
 async def _take(client: Any, key: str) -> tuple[Any, Any, int | None]:
@@ -314,7 +335,7 @@ async def _take(client: Any, key: str) -> tuple[Any, Any, int | None]:
     The nodes of an asyncio cluster lend connections themselves, unconnected, and have no client.
     """
     if hasattr(client, "nodes_manager"):
-        await client.initialize()
+        await client.execute_command("LLEN", key)
         server = client.get_node_from_key(key)
         connection = server.acquire_connection()
     else:

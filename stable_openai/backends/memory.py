@@ -109,7 +109,7 @@ class MemoryBackend:
     def _register(self, op: Register) -> Registered:
         pool, to = self._pool, op.to
         if pool is None:
-            pool = self._pool = Pool(op.epoch, self._clock() - 1)
+            pool = self._pool = Pool(op.epoch, self._clock())
         pool.days.update(op.days)
         known = pool.classes.get(to.model_class)
         if known is None:

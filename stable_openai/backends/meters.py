@@ -173,15 +173,14 @@ class Calendar:
         base: int = self.pool.base
         if at + base >= finish - self.headroom:
             return finish - base
-        if self.start < start or self.taken + need <= self.limit:
+        if self._is_others(start) or self.taken + need <= self.limit:
             return 0
         return finish - base
 
     def charge(self, n: int, now: int) -> None:
         current = self.window(now)
-        start = current[0] if current else 0
-        if start > self.start:
-            self.taken, self.start = 0, start
+        if current and self._is_others(current[0]):
+            self.taken, self.start = 0, current[0]
         self.taken += n
 
     def amend(self, n: int, granted: int, now: int) -> None:
@@ -198,7 +197,11 @@ class Calendar:
 
     def used(self, now: int) -> float:
         current = self.window(now)
-        return 0 if current and self.start < current[0] else self.taken
+        return 0 if current and self._is_others(current[0]) else self.taken
+
+    def _is_others(self, start: int) -> bool:
+        """Whether what was taken is another window's: an earlier one's, or (after a jump back) one's far ahead."""
+        return self.start < start or self.start > start + (self.period or DAY)
 
 
 def _in_rounds(meter: Sliding | Calendar, need: int, at: int, now: int, period: int) -> int:

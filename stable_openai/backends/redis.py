@@ -4,6 +4,14 @@ Redis' retries and timeouts are never inherited: every verb is idempotent by its
 was lost is simply sent again, for at most half of a lease's ttl (the ids of a lease would be collected after that).
 Scripts are sent as EVALSHA; a server that does not know one is sent EVAL, which needs no right to use SCRIPT and
 makes the server keep it, after a flush, a restart or a failover too.
+
+A Sentinel's client would stay on a primary that was demoted but lives, which grants beside the new one until it hears
+of that (ten seconds, where an operator has asked for the failover): so it looks for the primary once a second.
+
+A cluster answers TRYAGAIN to whatever names several keys of a slot that is just moving, and CLUSTERDOWN while it
+promotes a replica; a server that was demoted answers READONLY. All of that passes: it is tried again like a lost
+reply, and after READONLY on another connection, which may lead to the new primary. (Before Redis 7 a script wraps that
+error in another.)
 """
 
 from __future__ import annotations
@@ -14,6 +22,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +30,7 @@ from weakref import WeakSet
 
 import redis
 import redis.asyncio
+import redis.asyncio.sentinel
 import redis.cluster
 import redis.sentinel
 from redis.backoff import NoBackoff
@@ -34,11 +44,22 @@ __all__ = ["RedisBackend", "script"]
 
 TIMEOUT_S = 2.0
 CONNECTIONS = 64
+_inherited: list[Any] = []
 LISTENERS = 32
+LOOK_S = 1.0
 CLUSTER_SETTINGS = ("username", "password", "client_name", "protocol", "credential_provider", "socket_timeout")
+SAY_NO = ("ssl_cert_reqs", "ssl_check_hostname")
 PAUSES_S = (0.0, 0.05, 0.1, 0.2, 0.4)
-TRANSIENT = (redis.ConnectionError, redis.TimeoutError)
 NO_SCRIPT = redis.exceptions.NoScriptError
+PASSING = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.exceptions.RedisClusterException,  # no RedisError: no node of it answers
+    redis.exceptions.ClusterError,  # CLUSTERDOWN, and too many redirections
+    redis.exceptions.TryAgainError,
+    redis.exceptions.ReadOnlyError,
+)
+FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException)
 
 
 @cache
@@ -94,10 +115,10 @@ class RedisBackend:
                 except NO_SCRIPT:
                     reply = client.execute_command("EVAL", text, len(keys), *keys, *args)
                 return decode(op, reply)
-            except TRANSIENT as error:
+            except FAILURES as error:
                 problem = error
-            except redis.RedisError as error:
-                raise unavailable(error) from error
+                if not isinstance(error, PASSING):
+                    break
         raise unavailable(problem) from problem
 
     async def arun(self, op: Any) -> Any:
@@ -115,10 +136,10 @@ class RedisBackend:
                 except NO_SCRIPT:
                     reply = await client.execute_command("EVAL", text, len(keys), *keys, *args)
                 return decode(op, reply)
-            except TRANSIENT as error:
+            except FAILURES as error:
                 problem = error
-            except redis.RedisError as error:
-                raise unavailable(error) from error
+                if not isinstance(error, PASSING):
+                    break
         raise unavailable(problem) from problem
 
     def listen(self, to: Registration) -> Listener | None:
@@ -170,9 +191,11 @@ class RedisBackend:
         self.close()
 
     def after_fork(self) -> None:
-        """In a child: sockets of the parent's are dropped, unused."""
+        """In a child: sockets of the parent's are dropped, unused. Those of its event loops are kept: their end would
+        take them out of the parent's selector."""
         self._mutex = threading.Lock()
         self._client = None
+        _inherited.append(self._clients)
         self._clients = PerLoop(self._clients._make, self._clients._close)
         self._listeners = WeakSet()
 
@@ -214,11 +237,16 @@ def _factory(where: Any) -> Callable[[Any], Any]:
 def _own(settings: dict[str, Any], namespace: Any) -> dict[str, Any]:
     """A user's settings with our own retries, and a timeout that is not longer than ours."""
     dropped = ("retry", "retry_on_error", "retry_on_timeout", "connection_pool", "event_dispatcher", "himport_registry")
-    kept = {name: value for name, value in settings.items() if name not in dropped}
+    kept = {  # (redis.asyncio does not know all of TLS' settings, not even unset)
+        name: value
+        for name, value in settings.items()
+        if name not in dropped and (value or not name.startswith("ssl_") or name in SAY_NO)
+    }
     for name in ("socket_timeout", "socket_connect_timeout"):
         kept[name] = min(kept.get(name) or TIMEOUT_S, TIMEOUT_S)
-    retry = redis.retry.Retry if namespace is redis else redis.asyncio.retry.Retry
-    return {**kept, "decode_responses": True, "retry": retry(NoBackoff(), 0)}
+    retry = (redis.retry.Retry if namespace is redis else redis.asyncio.retry.Retry)(NoBackoff(), 0)
+    retry.update_supported_errors([redis.exceptions.ReadOnlyError])  # which is to end the connection, too
+    return {**kept, "decode_responses": True, "retry": retry}
 
 
 def _to_server(pool: Any) -> Callable[[Any], Any]:
@@ -237,18 +265,83 @@ def _to_server(pool: Any) -> Callable[[Any], Any]:
 def _to_sentinel(pool: Any) -> Callable[[Any], Any]:
     manager = pool.sentinel_manager
     addresses = [sentinel.connection_pool.connection_kwargs for sentinel in manager.sentinels]
+    ssl = issubclass(pool.connection_class, (redis.SSLConnection, redis.asyncio.SSLConnection))
 
     def make(namespace: Any) -> Any:
-        sentinel = namespace.sentinel.Sentinel(
+        kinds: Any = (_Sentinel, _Pool) if namespace is redis else (_AsyncSentinel, _AsyncPool)
+        sentinel = kinds[0](
             [(address["host"], address["port"]) for address in addresses],
+            min_other_sentinels=manager.min_other_sentinels,
+            force_master_ip=manager._force_master_ip,
             sentinel_kwargs=_own(manager.sentinel_kwargs, namespace),
         )
-        return sentinel.master_for(pool.service_name, **_own(pool.connection_kwargs, namespace))
+        settings = _own(pool.connection_kwargs, namespace)
+        return sentinel.master_for(pool.service_name, connection_pool_class=kinds[1], ssl=ssl, **settings)
 
     return make
 
 
+class _Sentinel(redis.sentinel.Sentinel):
+    """Asks for one at a time: redis-py moves the sentinel that answers to the front of its list by a swap, and two that
+    swap at once may leave one twice in the list and another not at all."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
+        self._mutex = threading.Lock()
+
+    def discover_master(self, name: str) -> Any:
+        with self._mutex:
+            return super().discover_master(name)  # type: ignore[no-untyped-call]
+
+
+class _AsyncSentinel(redis.asyncio.sentinel.Sentinel):
+    """The same on an event loop."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
+        self._mutex = asyncio.Lock()
+
+    async def discover_master(self, name: str) -> Any:
+        async with self._mutex:
+            return await super().discover_master(name)
+
+
+class _Pool(redis.sentinel.SentinelConnectionPool):
+    """Looks for the primary once a second: where that is another one, idle connections are closed."""
+
+    _look_at = 0.0
+
+    def get_connection(self, *args: Any, **options: Any) -> Any:
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            with suppress(redis.RedisError):  # no sentinel knows one now
+                self.get_master_address()  # type: ignore[no-untyped-call]
+        return super().get_connection(*args, **options)
+
+
+class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
+    """The same on an event loop."""
+
+    _look_at = 0.0
+
+    async def get_connection(self, *args: Any, **options: Any) -> Any:
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            with suppress(redis.RedisError):
+                await self.get_master_address()  # type: ignore[no-untyped-call]
+        return await super().get_connection(*args, **options)  # type: ignore[no-untyped-call]
+
+    async def release(self, connection: Any) -> None:
+        if self.master_address != (connection.host, connection.port):  # as the pool of threads does by itself
+            await connection.disconnect()
+        await super().release(connection)
+
+
 def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
+    kind = nodes.connection_kwargs.get("connection_class") or redis.Connection  # a rediss:// URL says TLS by that
+
     def make(namespace: Any) -> Any:
         known = [namespace.cluster.ClusterNode(node.host, node.port) for node in nodes.startup_nodes.values()]
         settings = {
@@ -256,6 +349,7 @@ def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
             for name, value in nodes.connection_kwargs.items()
             if name in CLUSTER_SETTINGS or name.startswith("ssl")
         }
+        settings["ssl"] = settings.get("ssl") or issubclass(kind, (redis.SSLConnection, redis.asyncio.SSLConnection))
         return namespace.cluster.RedisCluster(startup_nodes=known, **_own(settings, namespace))
 
     return make

@@ -126,11 +126,10 @@ class ModelClass:
 class Pool:
     """The clock, and what is out."""
 
-    def __init__(self, epoch: str, base: int) -> None:
+    def __init__(self, epoch: str, now: int) -> None:
         self.epoch = epoch
-        self.base = base
-        self.now = 1
-        self.last = 0
+        self.base = 0
+        self.now = self.last = now
         self.back: int | None = None
         self.revision = 0
         self.days: dict[str, list[int]] = {}
