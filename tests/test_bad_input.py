@@ -545,7 +545,7 @@ def test_the_default_is_else_the_only_one() -> None:
 
 def test_several_named_pools_have_no_default() -> None:
     managers = [KeyManager([SECRET], pool="b"), KeyManager([OTHER], pool="a")]
-    with pytest.raises(ConfigurationError, match=r"several pools are open \(a, b\); write @stable\(manager=") as raised:
+    with pytest.raises(ConfigurationError, match=r"several pools are open \(a, b\); say which: manager=") as raised:
         stable(ask)()
     assert raised.value.field == "manager"
     assert stable(manager=managers[0])(ask)() == SECRET

@@ -373,7 +373,7 @@ def test_a_hasty_call_behind_a_patient_one_fails_at_once_and_costs_no_claim(make
         assert time.monotonic() - began < 2
         assert caught.value.reason == "rpm"
         assert caught.value.retry_after == pytest.approx(60, abs=3)
-        assert manager.status().line[0].calls == 1
+        await until(lambda: [line.calls for line in manager.status().line] == [1])
         await gone(patient)
 
     asyncio.run(main())
