@@ -58,8 +58,9 @@ PASSING = (
     redis.exceptions.ClusterError,  # CLUSTERDOWN, and too many redirections
     redis.exceptions.TryAgainError,
     redis.exceptions.ReadOnlyError,
+    AttributeError,  # what redis-py raises where the connection was closed meanwhile, as its cluster's client does
 )
-FAILURES = (redis.RedisError, redis.exceptions.RedisClusterException)
+FAILURES = (redis.RedisError, *PASSING)
 
 
 @cache
@@ -114,11 +115,12 @@ class RedisBackend:
                     reply = client.execute_command("EVALSHA", sha, len(keys), *keys, *args)
                 except NO_SCRIPT:
                     reply = client.execute_command("EVAL", text, len(keys), *keys, *args)
-                return decode(op, reply)
             except FAILURES as error:
                 problem = error
                 if not isinstance(error, PASSING):
                     break
+            else:
+                return decode(op, reply)
         raise unavailable(problem) from problem
 
     async def arun(self, op: Any) -> Any:
@@ -135,11 +137,12 @@ class RedisBackend:
                     reply = await client.execute_command("EVALSHA", sha, len(keys), *keys, *args)
                 except NO_SCRIPT:
                     reply = await client.execute_command("EVAL", text, len(keys), *keys, *args)
-                return decode(op, reply)
             except FAILURES as error:
                 problem = error
                 if not isinstance(error, PASSING):
                     break
+            else:
+                return decode(op, reply)
         raise unavailable(problem) from problem
 
     def listen(self, to: Registration) -> Listener | None:
@@ -212,8 +215,9 @@ def _sentinels_of(client: Any) -> list[Any]:
 
 
 def unavailable(error: Exception) -> BrokerUnavailable:
-    """What redis-py said, without the URL (it may hold a password)."""
-    return BrokerUnavailable(f"Redis does not serve the broker ({type(error).__name__})")
+    """What went wrong, without redis-py's own words (a URL may hold a password); a server's words say what it lacks."""
+    said = f": {error!s:.200}" if isinstance(error, redis.ResponseError) else ""
+    return BrokerUnavailable(f"Redis does not serve the broker ({type(error).__name__}{said})")
 
 
 def _factory(where: Any) -> Callable[[Any], Any]:
@@ -350,6 +354,8 @@ def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
             if name in CLUSTER_SETTINGS or name.startswith("ssl")
         }
         settings["ssl"] = settings.get("ssl") or issubclass(kind, (redis.SSLConnection, redis.asyncio.SSLConnection))
-        return namespace.cluster.RedisCluster(startup_nodes=known, **_own(settings, namespace))
+        own = _own(settings, namespace)
+        # No steps: of the slots that have moved only a pool's matters, and others' connections are not to be closed.
+        return namespace.cluster.RedisCluster(startup_nodes=known, reinitialize_steps=0, **own)
 
     return make

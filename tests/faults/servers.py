@@ -95,9 +95,10 @@ class Trio:
     def __init__(self, folder: str, stack: ExitStack) -> None:
         server: dict[str, str] = {"repl_diskless_sync_delay": "0", "appendonly": "no"}
         first = stack.enter_context(Server(folder, **server))
-        until(first.admin.ping)
-        other = stack.enter_context(Server(folder, **server, replicaof=f"{HOST} {first.port}"))
+        other = stack.enter_context(Server(folder, **server))
         self.servers = [first, other]
+        until(lambda: first.admin.ping() and other.admin.ping())
+        other.admin.replicaof(HOST, first.port)
         until(lambda: other.admin.info("replication")["master_link_status"] == "up")
         self.sentinels = [stack.enter_context(self._sentinel(folder, first.port)) for _ in range(3)]
         for sentinel in self.sentinels:
@@ -124,7 +125,7 @@ class Trio:
     @property
     def primary(self) -> Server:
         """The one that the first sentinel names."""
-        port = self.sentinels[0].admin.sentinel_get_master_addr_by_name(NAME)[1]
+        port = self.sentinels[0].admin.sentinel_masters()[NAME]["port"]
         return next(server for server in self.servers if server.port == port)
 
     def fail_over(self) -> None:

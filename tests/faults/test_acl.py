@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from stable_openai import BrokerUnavailable, KeyManager
 from tests.faults.least_rights import PASSWORD, RIGHTS, SAYS_WHO_IT_IS, USER
 from tests.servers import private_redis
 
@@ -56,3 +57,14 @@ def test_where_client_unblock_is_not_allowed_connections_are_closed_instead() ->
 def test_the_whole_contract(less: str) -> None:
     files = ["twins", "waiting_races", "line_store", "waiting", "learning_store", "limits", "drivers", "verdicts"]
     run([f"test_{name}.py" for name in files], less, 280)
+
+
+@pytest.mark.parametrize("right", ["+evalsha", "+zadd"])
+def test_it_is_said_that_a_right_is_missing(right: str) -> None:
+    with private_redis() as url, redis.Redis.from_url(url) as admin:
+        admin.execute_command("ACL", "SETUSER", USER, "on", f">{PASSWORD}", *RIGHTS.replace(f" {right} ", " ").split())
+        with redis.Redis.from_url(url, username=USER, password=PASSWORD) as client:
+            manager = KeyManager(["sk-a"], client, pool="test-right", on_redis_down="raise")
+            with pytest.raises(BrokerUnavailable, match=r"permission|can't run"):
+                manager.check()
+            manager.close()

@@ -257,9 +257,10 @@ def cluster() -> Iterator[tuple[Cluster, Any]]:
         assert {row["object"] for node in alive for row in node.admin.acl_log()} <= SAYS_WHO_IT_IS
 
 
-def errors(server: Server, kind: str) -> int:
-    """How often a server has answered so."""
-    return int(server.admin.info("errorstats").get(f"errorstat_{kind}", {"count": 0})["count"])
+def redirected(server: Server) -> int:
+    """How often a server has said so of a slot that moves: Redis 6.2 answers ASK where later ones answer TRYAGAIN."""
+    told = server.admin.info("errorstats")
+    return sum(int(told.get(f"errorstat_{kind}", {"count": 0})["count"]) for kind in ("TRYAGAIN", "ASK"))
 
 
 def test_a_slot_moves(cluster: tuple[Cluster, Any], loads: list[Load]) -> None:
@@ -276,12 +277,12 @@ def test_a_slot_moves(cluster: tuple[Cluster, Any], loads: list[Load]) -> None:
     held.go_on()
     for pool in pools:
         move = Migration(made, made.slot(f"stable:{{{pool}}}:pool"), source, target)
-        before = errors(source, "TRYAGAIN"), errors(target, "TRYAGAIN")
+        before = redirected(source), redirected(target)
         move.begin()
-        until(lambda: errors(source, "TRYAGAIN") > before[0])  # noqa: B023 - called at once
+        until(lambda: redirected(source) > before[0])  # noqa: B023 - called at once
         move.move(2)
         move.move()
-        until(lambda: errors(target, "TRYAGAIN") > before[1])  # noqa: B023
+        until(lambda: redirected(target) > before[1])  # noqa: B023
         move.end()
     rate.go_on()
     held.go_on()
