@@ -31,16 +31,23 @@ OF_DEPLOYMENTS = ("completions", "embeddings", "audio", "images")
 
 class Asked(NamedTuple):
     """What is known of a request: its model ("": none), its JSON (None: it has none), the base URL that it was built
-    for, and the path behind that, without a deployment."""
+    for, the path behind that, without a deployment, and the base URL of keys that have none of their own."""
 
     model: str
     body: dict[str, Any] | None
     base: str
     path: str
+    home: str
+
+    def elsewhere(self, key: Key) -> str | None:
+        """The base URL of a key, where that is another than the request was built for."""
+        base = key.base_url or self.home
+        return base if base != self.base else None
 
 
-def read_request(request: Any, base: Any) -> Asked:
-    """Read a request of httpx that was built for the base URL `base`."""
+def read_request(request: Any, base: Any, home: Any = None) -> Asked:
+    """Read a request of httpx that was built for the base URL `base`; keys that have none of their own are at `home`
+    (where that is another)."""
     full = request.url.path
     path = _without_deployment(request.url).removeprefix(_without_deployment(base).rstrip("/")).lstrip("/")
     kind = request.headers.get("content-type", "")
@@ -57,7 +64,8 @@ def read_request(request: Any, base: Any) -> Asked:
     if not model:
         deployment = DEPLOYMENT.search(full)
         model = deployment and deployment.group().rpartition("/")[2]
-    return Asked(model if isinstance(model, str) else "", body, str(base).rstrip("/"), path)
+    mine = str(base).rstrip("/")
+    return Asked(model if isinstance(model, str) else "", body, mine, path, str(home).rstrip("/") if home else mine)
 
 
 def _without_deployment(url: Any) -> str:
@@ -89,9 +97,10 @@ def addressed(request: Any, asked: Asked, key: Key, http: Any) -> Any:
     """
     url, dropped = request.url, {b"authorization", b"api-key"}
     name, azure = key.called(asked.model), "api-key" in request.headers
-    if key.base_url and key.base_url != asked.base:
+    base = asked.elsewhere(key)
+    if base is not None:
         azure = key.api_version is not None
-        url, dropped = _place(url, key, asked.path, name, http), dropped | OF_HOST
+        url, dropped = _place(url, base, key, asked.path, name, http), dropped | OF_HOST
     elif name != asked.model:
         url = DEPLOYMENT.sub(f"/deployments/{quote(name, safe='')}", str(url), count=1)
     if not isinstance(url, http.URL):
@@ -108,9 +117,9 @@ def addressed(request: Any, asked: Asked, key: Key, http: Any) -> Any:
     return _read(http.Request(request.method, url, headers=headers, extensions=request.extensions, **body), http)
 
 
-def _place(url: Any, key: Key, path: str, name: str, http: Any) -> Any:
+def _place(url: Any, base: str, key: Key, path: str, name: str, http: Any) -> Any:
     """Where the endpoint of a key has a path."""
-    base, _, own = str(key.base_url).partition("?")
+    base, _, own = base.partition("?")
     query = url.params.remove("api-version").merge(own) if own or url.query else url.params
     if key.api_version is not None:
         query = query.set("api-version", key.api_version)

@@ -48,7 +48,8 @@ _clients: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 class Settings(NamedTuple):
-    """How a client asks for leases. `lease`: one that it is bound to for as long as that is live."""
+    """How a client asks for leases. `lease`: one that it is bound to for as long as that is live; `home`: the base URL
+    of keys that have none, where the client shows that of its lease."""
 
     manager: KeyManager | None = None
     max_wait: float | None = None
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     affinity: object = None
     retries: int = 2
     lease: Lease | None = None
+    home: Any = None
 
 
 def token_for(client: Any) -> str:
@@ -114,7 +116,7 @@ class Exchange:
         manager = settings.manager or default_manager()
         self.seen, self.wire, self.manager = request, wire, manager
         self.client, self.follow = client, False
-        self.asked = read_request(request, client.base_url)
+        self.asked = read_request(request, client.base_url, settings.home)
         body, affinity = self.asked.body, settings.affinity
         if callable(affinity):
             affinity = affinity(body or {})
@@ -192,14 +194,14 @@ def _only_once(error: BaseException) -> Verdict:
 
 def _note(lease: Lease, asked: Asked, response: Any) -> None:
     lease.report(headers=response.headers)
-    if lease.key.base_url not in (None, asked.base):  # of a host that the client does not know: it would mistake it
+    if asked.elsewhere(lease.key) is not None:  # of a host that the client does not know: it would mistake it
         response.headers.pop("set-cookie", None)
 
 
 def _follows(client: Any, asked: Asked, lease: Lease) -> bool:
     """Whether the wire follows redirects: only within the endpoint of a key that has its own, which the client does not
     know. Others the client follows, and shows them in the response's history."""
-    return client._client.follow_redirects and lease.key.base_url not in (None, asked.base)
+    return client._client.follow_redirects and asked.elsewhere(lease.key) is not None
 
 
 def _streams(request: Any, response: Any) -> bool:
@@ -279,7 +281,7 @@ class Broker(http.BaseTransport):
     def _bound(self, client: Any, lease: Lease, request: Any) -> Any:
         delivered = False
         try:
-            asked, began = read_request(request, client.base_url), perf_counter()
+            asked, began = read_request(request, client.base_url, client.settings.home), perf_counter()
             response = self._wire.send(
                 addressed(request, asked, lease.key, self._wire.http), _follows(client, asked, lease)
             )
@@ -350,7 +352,7 @@ class AsyncBroker(http.AsyncBaseTransport):
     async def _bound(self, client: Any, lease: Lease, request: Any) -> Any:
         delivered = False
         try:
-            asked, began = read_request(request, client.base_url), perf_counter()
+            asked, began = read_request(request, client.base_url, client.settings.home), perf_counter()
             response = await self._wire.send(
                 addressed(request, asked, lease.key, self._wire.http), _follows(client, asked, lease)
             )

@@ -173,6 +173,7 @@ class _Leasing:
         changed |= {} if max_wait is _LEFT_OUT else {"max_wait": max_wait}
         changed |= {} if affinity is _LEFT_OUT else {"affinity": affinity}
         changed |= {"retries": max_retries} if given else {}
+        changed |= {"home": None} if options.get("base_url") else {}
         extra = {**options.pop("_extra_kwargs", {}), "_settings": _checked(settings._replace(**changed))}
         return super().copy(max_retries=max_retries, _extra_kwargs=extra, **options)  # type: ignore[misc,no-any-return]
 
@@ -182,9 +183,11 @@ class _Leasing:
         return self.copy()
 
     def bound(self, manager: KeyManager, lease: Lease) -> Self:
-        """A copy that uses a lease for as long as that is live."""
-        settings = Settings(manager, lease.request.max_wait, lease.request.band, lease=lease)
-        return super().copy(_extra_kwargs={"_settings": settings})  # type: ignore[misc,no-any-return]
+        """A copy that uses a lease for as long as that is live. It shows the base URL of the lease's key."""
+        key, home = lease.key, self.base_url  # type: ignore[attr-defined]
+        settings = Settings(manager, lease.request.max_wait, lease.request.band, lease=lease, home=home)
+        shown = {"base_url": key.base_url} if key.base_url and key.api_version is None else {}
+        return super().copy(_extra_kwargs={"_settings": settings}, **shown)  # type: ignore[misc,no-any-return]
 
 
 def _refuse(self: Any, *args: Any, **options: Any) -> Any:

@@ -134,6 +134,17 @@ def test_a_form_is_read_without_its_files_and_renamed() -> None:
         assert body.count(b"x" * 100_000) == 1
 
 
+def test_a_key_without_an_endpoint_is_at_home() -> None:
+    """A client that was bound to a lease shows the endpoint of its key, and leases others later."""
+    elsewhere = http.URL("https://host/api/v1/")
+    made = request(f"{elsewhere}chat/completions", {"model": "gpt-4o"})
+    asked = read_request(made, elsewhere, OPENAI)
+    got = addressed(made, asked, Key("sk-a"), http)
+    assert (str(got.url), got.headers["host"]) == (f"{OPENAI}chat/completions", "api.openai.com")
+    got = addressed(made, asked, Key("sk-b", base_url="https://host/api/v1"), http)
+    assert (str(got.url), got.headers["host"]) == (f"{elsewhere}chat/completions", "host")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff", b"[" * 100_000, b'{"model": 7}'])
 def test_a_body_without_sense_is_passed_on(content: bytes) -> None:
     made = http.Request(
