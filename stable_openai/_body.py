@@ -36,8 +36,8 @@ class StreamError(Exception):
         super().__init__(str(error.get("message", "")))
 
 
-class Closed(Exception):
-    """A stream that was closed before its end: that says nothing of the key."""
+class Closed(BaseException):
+    """A stream that was closed before its end: that says nothing of the key, and no user's function is asked."""
 
 
 def _in_a_finaliser() -> bool:

@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stable_openai._flow import Policy
     from stable_openai._lease import Lease
     from stable_openai.manager import KeyManager
 
@@ -20,9 +21,9 @@ __all__ = ["client_for", "shared_client"]
 CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": ""}}
 
 
-def client_for(manager: KeyManager, lease: Lease, is_async: bool) -> Any:
-    """An `openai.OpenAI` (or AsyncOpenAI) that uses a lease; after its end, it leases for each request."""
-    return shared_client(is_async).bound(manager, lease)
+def client_for(manager: KeyManager, lease: Lease, is_async: bool, policy: Policy | None = None) -> Any:
+    """An `openai.OpenAI` (or AsyncOpenAI) whose first request uses a lease; it leases for each further one."""
+    return shared_client(is_async).bound(manager, lease, policy)
 
 
 def shared_client(is_async: bool) -> Any:

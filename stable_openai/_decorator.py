@@ -60,6 +60,10 @@ def stable(function: Any = None, /, **options: Any) -> Any:
     of the parameters `api_key`, `client`, `base_url` and `lease`, and is given them; its callers leave them out. A
     caller who passes `api_key=` or `client=` himself uses his own: nothing is leased.
 
+    The first request of `client` uses the lease of the call; the function is called again where that fails. Further
+    ones lease for themselves, and are tried again by themselves, by the same `stop`, `wait` and `classify`; the
+    function is not called again for what they raise.
+
     Args:
         manager: the pool; by default the one that is the default when the function is called.
         model: the model that the limits are counted for; else the call's `model` argument.
@@ -298,7 +302,7 @@ class OneCall:
             elif name == "client":
                 from stable_openai._clients import client_for
 
-                given[name] = client_for(self.manager, self._lease, self.is_async)
+                given[name] = client_for(self.manager, self._lease, self.is_async, policy)
             else:
                 given[name] = self.lease
         return given

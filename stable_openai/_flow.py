@@ -20,18 +20,19 @@ and counts as an attempt only after the eighth of a call. No sleep, of either ki
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from stable_openai._obtain import Sleep, obtain
 from stable_openai._ops import Granted
-from stable_openai._verdict import Verdict, judge, redact
+from stable_openai._verdict import Verdict, judge, lease_of, redact
 from stable_openai._waiter import Request, Waiter
 from stable_openai._worker import Report, Worker
 from stable_openai.errors import ConfigurationError
 
 __all__ = [
     "Attempt", "Deliver", "Flow", "Outcome", "Policy", "Raised", "Returned", "Sleep", "Started", "call",
-    "outcome_of", "verdict_of",
+    "outcome_of", "verdict_of", "verdict_on",
 ]  # fmt: skip
 
 MOVES = 8
@@ -104,15 +105,12 @@ def call(
             yield from worker.settle(request, lease, "unsent")
             raise
         told = report()
-        if type(outcome) is Returned:
-            yield from worker.settle(request, lease, *outcome_of(told.verdict), told)
-            return outcome
-        error = outcome.error
+        error = outcome.error if type(outcome) is Raised else None
         if isinstance(error, GeneratorExit):  # closed or dropped: maybe by the garbage collector, so without I/O
             worker.abandon(request, lease, "neutral", told)
             return outcome
         try:
-            verdict = told.verdict or verdict_of(error, policy.classify)
+            verdict = verdict_on(lease, told, error, policy.classify)
         except Exception as mistake:  # in the user's classify: the lease must not stay open for it
             redact(mistake)
             redact(error)
@@ -120,8 +118,10 @@ def call(
             raise mistake from error
         redact(error)
         advice = yield from worker.settle(request, lease, *outcome_of(verdict), told)
+        if verdict is None:
+            return outcome
         worker.note(lease, verdict, advice)
-        if started or verdict.action == "raise" or advice == "fault":
+        if error is None or started or verdict.action == "raise" or advice == "fault":
             return outcome
         if verdict.outcome == "model":
             if advice != "out":
@@ -143,6 +143,31 @@ def call(
             return outcome
         if pause > 0:
             now, _ = yield Sleep(pause)
+
+
+def verdict_on(
+    lease: Granted,
+    told: Report,
+    error: BaseException | None,
+    classify: Callable[[BaseException], Verdict | None] | None,
+) -> Verdict | None:
+    """What an attempt came to, None where it succeeded: what was reported, else what it raised. Where that says nothing
+    of the key, since it is the caller's own or another lease has answered for it, the outcome is what the request of
+    the bound client came to: a failure that the function has caught."""
+    if told.verdict is not None:
+        return told.verdict
+    verdict = None
+    if error is not None:
+        of = lease_of(error)
+        verdict = (
+            verdict_of(error, classify) if of in (None, lease.id) else Verdict("neutral", "raise", "another lease")
+        )
+        if of == lease.id or error is told.error or verdict.outcome != "neutral":
+            return verdict
+    if told.error is None:
+        return verdict
+    caught = verdict_of(told.error, classify)
+    return caught if verdict is None else replace(caught, action=verdict.action)
 
 
 def verdict_of(error: BaseException, classify: Callable[[BaseException], Verdict | None] | None) -> Verdict:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from stable_openai._drive import adrive, drive
-from stable_openai._flow import Outcome, Raised, Returned, Sleep, verdict_of
+from stable_openai._flow import Outcome, Raised, Returned, Sleep, verdict_of, verdict_on
 from stable_openai._flow import outcome_of as _outcome_of
 from stable_openai._keys import Key
 from stable_openai._obtain import obtain
@@ -28,6 +28,10 @@ class Lease:
     As a context manager (`with` or `async with`) it waits for a key, holds it, renewed, for as long as the body runs,
     and is settled at the end: an exception from the body says what is wrong with the key, and passes on. For other
     SDKs, `report()` says what happened.
+
+    Where a function is given a `client` too, the first request of that uses the lease, and what comes of it is reported
+    by itself. Where a second one begins, which leases for itself, the first being over, this lease is settled: what is
+    reported later is too late.
 
     >>> from stable_openai import KeyManager
     >>> manager = KeyManager(["sk-doc"], pool="doc-lease")
@@ -51,11 +55,9 @@ class Lease:
         self._classify = classify
         self._told = Report()
         self._used: list[int] = []
-        # The requests that are under way and the bodies that are still read: the lease lives until the last of them
-        # has ended, and takes no further ones when it is over.
-        self._bodies = 0
-        self._over = False
-        self._body_error: BaseException | None = None
+        # One request of a client's that is bound to the lease: whether it has begun, whether it is under way or the
+        # body of its answer is still read, and what ends the lease with that. When it is over it takes none.
+        self._begun = self._busy = self._over = False
         self._rest: tuple[Callable[[Outcome], Any], Callable[[], None]] | None = None
         self._mutex = RLock()
 
@@ -78,6 +80,12 @@ class Lease:
     def api_key(self) -> str:
         """The secret, to be given to a client."""
         return self.key.secret.reveal()
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The accounts that further requests of its holder like best: its own (what was stored is known there, and what
+        was cached), then those of its call."""
+        return tuple(dict.fromkeys((self._held.account, *self._request.wanted)))
 
     @property
     def _held(self) -> Granted:
@@ -117,72 +125,94 @@ class Lease:
         elif status is not None:
             # A success takes back what was reported before.
             verdict = verdict_of_response(status, headers or {}, error) if status >= 400 else None
-            self._tell(verdict=verdict)
+            self._tell(verdict=verdict, error=None)
 
     def _tell(self, **said: Any) -> None:
-        with self._mutex:  # requests of one lease may be under way in several threads
+        with self._mutex:  # a request may be under way in another thread
             self._told = self._told._replace(**said)
 
     def used(self, tokens: int | None) -> None:
-        """A request of this lease used so many tokens, beside what others of it did."""
+        """The request of a bound client used so many tokens, beside what is reported."""
         if tokens is not None:
             self._used.append(tokens)
 
     def begin(self) -> bool:
-        """A request begins; `end_body` or `drop_body` says that it, or the body of its answer, has ended. False: the
-        lease is over."""
+        """The request of a bound client begins; `end_body` or `drop_body` says that it, or the body of its answer, has
+        ended. False: there was one before, or the lease is over."""
         with self._mutex:
-            if self._over or self._granted is None or self._granted.id not in self._worker.live:
+            if self._begun or self._over or not self._is_live():
                 return False
-            self._bodies += 1
+            self._begun = self._busy = True
         return True
 
+    def _is_live(self) -> bool:
+        return self._granted is not None and self._granted.id in self._worker.live
+
     def end_body(self, outcome: Outcome) -> Any:
-        """A body was read to its end, or broke off."""
+        """The request, or the body of its answer, has ended. What that gives is awaited in async code."""
         with self._mutex:
-            self._bodies -= 1
             if type(outcome) is Raised:
-                self._body_error = outcome.error
-            rest = self._take_rest()
-            error = self._body_error
-        return rest and rest[0](outcome if error is None else Raised(error))
+                self._tell(error=outcome.error)
+            rest = self._close()
+        return rest and rest[0](outcome)
 
     def drop_body(self) -> None:
-        """A body was not read to its end: what follows does no I/O."""
+        """The body was not read to its end: what follows does no I/O."""
         with self._mutex:
-            self._bodies -= 1
-            rest = self._take_rest()
+            rest = self._close()
         if rest:
             rest[1]()
 
-    def _take_rest(self) -> tuple[Callable[[Outcome], Any], Callable[[], None]] | None:
-        """What ends the lease with the last body, if its holder has returned."""
-        if self._bodies or self._rest is None:
-            return None
-        rest, self._rest, self._over = self._rest, None, True
+    def _close(self) -> tuple[Callable[[Outcome], Any], Callable[[], None]] | None:
+        rest, self._rest, self._busy = self._rest, None, False
+        self._over = self._over or rest is not None
         return rest
 
     def is_over(self) -> bool:
-        """Whether nothing is under way: if so, nothing begins any more."""
+        """Its holder has returned: whether nothing is under way. If so, nothing begins any more."""
         with self._mutex:
-            self._over = not self._bodies
+            self._over = not self._busy
         return self._over
 
     def outlive(self, end: Callable[[Outcome], Any], drop: Callable[[], None]) -> Any:
-        """Whoever leased has returned, and bodies are still read: call one of these with the last of them."""
+        """Its holder has returned, and a body is still read: call one of these when it ends."""
         with self._mutex:
             if not self.is_over():
                 self._rest = (end, drop)
                 return None
-        return end(Returned(None) if self._body_error is None else Raised(self._body_error))
+        return end(Returned(None))
+
+    def make_way(self, end: Callable[[Outcome], Any]) -> Any:
+        """A further request begins, which leases for itself, while the holder goes on: this lease ends (`finish` or
+        `afinish`) as soon as its own request has, since both may need the one slot that there is."""
+        with self._mutex:
+            if not self._begun or not self._is_live():
+                return None
+            if self._busy:
+                self._rest = self._rest or (end, self._forsake)
+                return None
+        return end(Returned(None))
+
+    def finish(self, outcome: Outcome) -> None:
+        """Settle it before its holder does, to whom it then makes no difference."""
+        drive(self._end(None), self._worker, self._backend)
+
+    async def afinish(self, outcome: Outcome) -> None:
+        """The same, on an event loop."""
+        await adrive(self._end(None), self._worker, self._backend)
+
+    def _forsake(self) -> None:
+        self._worker.abandon(self._request, self._held, "neutral", self.reported())
 
     def unproven(self) -> None:
         """Nothing was sent by whoever holds the lease, so its end proves nothing of the key."""
         self._tell(verdict=Verdict("neutral", "raise"))
 
     def reported(self) -> Report:
-        """What was reported, and what the requests used beside that."""
-        told, used = self._told, sum(tuple(self._used))
+        """What was reported, and what the request used beside that. A failure is told once: it holds the frames of
+        whoever has caught it."""
+        with self._mutex:
+            told, self._told, used = self._told, self._told._replace(error=None), sum(self._used)
         return told._replace(tokens=(told.tokens or 0) + used) if self._used else told
 
     def _open(self, loop: Any) -> Any:
@@ -204,17 +234,17 @@ class Lease:
     def _end(self, error: BaseException | None) -> Any:
         lease = self._held
         if isinstance(error, GeneratorExit):  # maybe from the garbage collector: no I/O
-            self._worker.abandon(self._request, lease, "neutral", self.reported())
+            self._forsake()
             return
-        mistake, verdict = None, self._told.verdict
-        if error is not None:
-            try:
-                verdict = verdict or verdict_of(error, self._classify)
-            except Exception as raised:  # in the user's classify: the lease must not stay open for it
-                mistake, verdict = raised, Verdict("neutral", "raise")
-                redact(mistake)
-            redact(error)
-        advice = yield from self._worker.settle(self._request, lease, *_outcome_of(verdict), self.reported())
+        told, mistake = self.reported(), None
+        verdict: Verdict | None
+        try:
+            verdict = verdict_on(lease, told, error, self._classify)
+        except Exception as raised:  # in the user's classify: the lease must not stay open for it
+            mistake, verdict = raised, Verdict("neutral", "raise")
+            redact(mistake)
+        redact(error)
+        advice = yield from self._worker.settle(self._request, lease, *_outcome_of(verdict), told)
         if verdict is not None:
             self._worker.note(lease, verdict, advice)
         if mistake is not None:

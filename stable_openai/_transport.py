@@ -7,6 +7,7 @@ the user sees, carries none to another host.
 
     Broker, AsyncBroker   the transport: who asks (a client, or one that is bound to a lease), or its own key
     Exchange              one request through the broker: the flow of `_flow.py`, whose attempts are sent from here
+    Bound                 the one that uses the lease of a decorated function: it is tried again with the function
 
 An answer that is not streamed is read within its attempt, so that one that breaks off is retried like one that never
 came. A stream is retried only until its first chunk is there.
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -28,11 +30,11 @@ from stable_openai._body import AsyncBody, Body, StreamError
 from stable_openai._decorator import default_wait
 from stable_openai._drive import adrive, drive
 from stable_openai._endpoint import Asked, addressed, as_is, read_request
-from stable_openai._flow import Deliver, Flow, Outcome, Policy, Raised, Returned, Started, call
+from stable_openai._flow import Deliver, Flow, Outcome, Policy, Raised, Returned, Started, call, verdict_of
 from stable_openai._lease import Lease
 from stable_openai._ops import Granted
 from stable_openai._usage import last_error, tokens_used
-from stable_openai._verdict import Verdict, judge
+from stable_openai._verdict import LEASE, Verdict
 from stable_openai._wire import AsyncWire, Wire, http
 from stable_openai._worker import Report
 from stable_openai.errors import ConfigurationError, StableError
@@ -48,16 +50,18 @@ _clients: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 class Settings(NamedTuple):
-    """How a client asks for leases. `lease`: one that it is bound to for as long as that is live; `home`: the base URL
-    of keys that have none, where the client shows that of its lease."""
+    """How a client asks for leases. `lease`: one that it is bound to, for its first request; `home`: the base URL of
+    keys that have none, where the client shows that of its lease; `policy`: that of the function which it was given to,
+    for further requests (`retries` None: as often as that says)."""
 
     manager: KeyManager | None = None
     max_wait: float | None = None
     priority: int = PRIORITY
     affinity: object = None
-    retries: int = 2
+    retries: int | None = 2
     lease: Lease | None = None
     home: Any = None
+    policy: Policy | None = None
 
 
 def token_for(client: Any) -> str:
@@ -115,7 +119,7 @@ class Exchange:
         settings: Settings = client.settings
         manager = settings.manager or default_manager()
         self.seen, self.wire, self.manager = request, wire, manager
-        self.client, self.follow = client, False
+        self.client, self.settings, self.follow = client, settings, False
         self.asked = read_request(request, client.base_url, settings.home)
         body, affinity = self.asked.body, settings.affinity
         if callable(affinity):
@@ -123,7 +127,8 @@ class Exchange:
         self.request = manager.request(
             self.asked.model or None, None, settings.max_wait, settings.priority, affinity, body or {}
         )
-        self.retries = settings.retries
+        if settings.lease is not None and affinity is None:
+            self.request = self.request._replace(wanted=settings.lease.wanted)
         self.worker, self.backend = manager._worker, manager._backend
         self.lease: Lease | None = None
         self.answer: Any = None  # of the last attempt
@@ -131,12 +136,19 @@ class Exchange:
         self.body: Any = None
 
     def flow(self, loop: Any) -> Flow:
+        policy, retries = self.settings.policy or Policy(lambda state: False, default_wait), self.settings.retries
+        if retries is not None:
+            policy = policy._replace(stop=lambda state: state.attempt_number > retries)
         once = "transfer-encoding" in self.seen.headers  # its length is not known: it comes from an iterator
-        policy = Policy(self._stop, default_wait, _only_once if once else None)
+        if once or policy.classify is not None:
+            policy = policy._replace(classify=partial(self._classify, policy.classify, once))
         return call(self.worker, self.request, policy, loop, monotonic(), self.report)
 
-    def _stop(self, state: Any) -> bool:
-        return bool(state.attempt_number > self.retries)
+    def _classify(self, users: Callable[[BaseException], Verdict | None] | None, once: bool, error: Any) -> Verdict:
+        """The verdict on a failure; the user's function sees what openai's client would raise. `once`: the body cannot
+        be sent twice."""
+        verdict = verdict_of(_as_raised(error, self.client, self.seen, self.wire), users)
+        return replace(verdict, action="raise") if once else verdict
 
     def report(self) -> Report:
         return self.lease.reported() if self.lease else Report()
@@ -145,11 +157,12 @@ class Exchange:
         """What is to be sent with a lease."""
         self.lease, self.began = Lease(self.worker, self.backend, self.request, granted), perf_counter()
         self.follow = _follows(self.client, self.asked, self.lease)
+        self.seen.extensions[LEASE] = granted.id
         return addressed(self.seen, self.asked, self.lease.key, self.wire.http)
 
     def streams(self, response: Any) -> bool:
         """Whether the answer is passed on while it comes."""
-        return response.status_code < REFUSED and _streams(self.seen, response)
+        return _streams(self.seen, response)
 
     def failed(self, error: BaseException) -> Outcome:
         if isinstance(error, (http.RequestError, self.wire.http.RequestError)):
@@ -186,10 +199,19 @@ def _is_answer(outcome: Any) -> bool:
     return type(outcome) is Returned or isinstance(outcome.error, (Refusal, StreamError))
 
 
-def _only_once(error: BaseException) -> Verdict:
-    """The verdict on a request whose body cannot be sent twice."""
-    verdict = judge(error)
-    return Verdict(verdict.outcome, "raise", verdict.reason, verdict.wait_s, verdict.sent)
+def _as_raised(error: BaseException, client: Any, request: Any, wire: Any) -> BaseException:
+    """A failure as openai's client raises it."""
+    if isinstance(error, Refusal):
+        error.response.request = request
+        return client._make_status_error_from_response(error.response)  # type: ignore[no-any-return]
+    if isinstance(error, StreamError):
+        return openai.APIError(str(error), request, body=error.body)
+    if not isinstance(error, (http.RequestError, wire.http.RequestError)):
+        return error
+    late = isinstance(error, (http.TimeoutException, wire.http.TimeoutException))
+    raised = openai.APITimeoutError(request) if late else openai.APIConnectionError(request=request)
+    raised.__cause__ = error
+    return raised
 
 
 def _note(lease: Lease, asked: Asked, response: Any) -> None:
@@ -205,7 +227,8 @@ def _follows(client: Any, asked: Asked, lease: Lease) -> bool:
 
 
 def _streams(request: Any, response: Any) -> bool:
-    if response.is_closed:  # a hook of the user's has read it
+    # A hook of the user's has read it; or openai's client will.
+    if response.is_closed or response.status_code >= REFUSED:
         return False
     kind: str = response.headers.get("content-type", "")
     return kind.startswith("text/event-stream") or bool(request.headers.get("x-stainless-raw-response") == "stream")
@@ -237,6 +260,50 @@ def _finished(response: Any, began: float) -> Any:
     return response
 
 
+class Bound:
+    """The request that uses the lease which its client is bound to, whichever the colour."""
+
+    def __init__(self, client: Any, lease: Lease, request: Any, wire: Any) -> None:
+        self.client, self.lease, self.seen, self.wire = client, lease, request, wire
+        self.began, self.follow = perf_counter(), False
+
+    def begin(self) -> Any:
+        """What is to be sent."""
+        self.asked = read_request(self.seen, self.client.base_url, self.client.settings.home)
+        self.follow = _follows(self.client, self.asked, self.lease)
+        self.seen.extensions[LEASE] = self.lease.id
+        return addressed(self.seen, self.asked, self.lease.key, self.wire.http)
+
+    def streams(self, response: Any) -> bool:
+        """Whether the answer is passed on while it comes."""
+        _note(self.lease, self.asked, response)
+        return _streams(self.seen, response)
+
+    def deliver(self, response: Any, body: Any) -> Any:
+        body.deliver(self.lease, self._ended, self.lease.drop_body)
+        return _with_body(response, body)
+
+    def _ended(self, outcome: Outcome) -> Any:
+        return self.lease.end_body(self._told(outcome.error) if type(outcome) is Raised else outcome)
+
+    def took(self, response: Any) -> Any:
+        """The answer, which was read."""
+        self.lease.used(_used(self.seen, response))
+        return _finished(response, self.began)
+
+    def outcome(self, response: Any) -> Outcome:
+        """What the lease is told of it."""
+        return Returned(None) if response.status_code < REFUSED else self._told(Refusal(response))
+
+    def failed(self, error: BaseException) -> Outcome:
+        if isinstance(error, (http.RequestError, self.wire.http.RequestError)):
+            error.request = self.seen  # the one that was sent holds the secret
+        return self._told(error)
+
+    def _told(self, error: BaseException) -> Outcome:
+        return Raised(_as_raised(error, self.client, self.seen, self.wire))
+
+
 class Broker(http.BaseTransport):
     """The transport of sync clients."""
 
@@ -250,11 +317,13 @@ class Broker(http.BaseTransport):
             return response if self._wire.http is http else _with_body(response, Body(response, self._wire))
         lease = client.settings.lease
         try:
-            if lease is not None and lease.begin():
-                return self._bound(client, lease, request)
+            if lease is not None:
+                if lease.begin():
+                    return self._bound(client, lease, request)
+                lease.make_way(lease.finish)
             return self._lease(Exchange(client, request, self._wire))
         except StableError as error:
-            raise _as_openai(error) from _cause(error, client, request)
+            raise _as_openai(error) from _cause(error, client, request, self._wire)
 
     def _lease(self, exchange: Exchange) -> Any:
         flow, worker, backend = exchange.flow(None), exchange.worker, exchange.backend
@@ -279,28 +348,20 @@ class Broker(http.BaseTransport):
         return exchange.response(drive(flow, worker, backend, attempt), end, flow.close)
 
     def _bound(self, client: Any, lease: Lease, request: Any) -> Any:
-        delivered = False
+        one = Bound(client, lease, request, self._wire)
         try:
-            asked, began = read_request(request, client.base_url, client.settings.home), perf_counter()
-            response = self._wire.send(
-                addressed(request, asked, lease.key, self._wire.http), _follows(client, asked, lease)
-            )
-            _note(lease, asked, response)
-            if _streams(request, response):
+            response = self._wire.send(one.begin(), one.follow)
+            if one.streams(response):
                 body = Body(response, self._wire)
                 body.look_ahead()
-                body.deliver(lease, lease.end_body, lease.drop_body)
-                delivered = True
-                return _with_body(response, body)
+                return one.deliver(response, body)
             response.read()
-            lease.used(_used(request, response))
-            return _finished(response, began)
-        except (http.RequestError, self._wire.http.RequestError) as error:
-            error.request = request  # the one that was sent holds the secret
+            response = one.took(response)
+        except BaseException as error:
+            lease.end_body(one.failed(error))
             raise
-        finally:
-            if not delivered:
-                lease.end_body(Returned(None))
+        lease.end_body(one.outcome(response))
+        return response
 
     def close(self) -> None:
         self._wire.close()
@@ -319,11 +380,14 @@ class AsyncBroker(http.AsyncBaseTransport):
             return response if self._wire.http is http else _with_body(response, AsyncBody(response, self._wire))
         lease = client.settings.lease
         try:
-            if lease is not None and lease.begin():
-                return await self._bound(client, lease, request)
+            if lease is not None:
+                if lease.begin():
+                    return await self._bound(client, lease, request)
+                if (ending := lease.make_way(lease.afinish)) is not None:
+                    await ending
             return await self._lease(Exchange(client, request, self._wire))
         except StableError as error:
-            raise _as_openai(error) from _cause(error, client, request)
+            raise _as_openai(error) from _cause(error, client, request, self._wire)
 
     async def _lease(self, exchange: Exchange) -> Any:
         from asyncio import get_running_loop
@@ -350,28 +414,22 @@ class AsyncBroker(http.AsyncBaseTransport):
         return exchange.response(await adrive(flow, worker, backend, attempt), end, flow.close)
 
     async def _bound(self, client: Any, lease: Lease, request: Any) -> Any:
-        delivered = False
+        one = Bound(client, lease, request, self._wire)
         try:
-            asked, began = read_request(request, client.base_url, client.settings.home), perf_counter()
-            response = await self._wire.send(
-                addressed(request, asked, lease.key, self._wire.http), _follows(client, asked, lease)
-            )
-            _note(lease, asked, response)
-            if _streams(request, response):
+            response = await self._wire.send(one.begin(), one.follow)
+            if one.streams(response):
                 body = AsyncBody(response, self._wire)
                 await body.look_ahead()
-                body.deliver(lease, lease.end_body, lease.drop_body)
-                delivered = True
-                return _with_body(response, body)
+                return one.deliver(response, body)
             await response.aread()
-            lease.used(_used(request, response))
-            return _finished(response, began)
-        except (http.RequestError, self._wire.http.RequestError) as error:
-            error.request = request  # the one that was sent holds the secret
-            raise
-        finally:
-            if not delivered and (ended := lease.end_body(Returned(None))) is not None:
+            response = one.took(response)
+        except BaseException as error:
+            if (ended := lease.end_body(one.failed(error))) is not None:
                 await ended
+            raise
+        if (ended := lease.end_body(one.outcome(response))) is not None:
+            await ended
+        return response
 
     async def aclose(self) -> None:
         await self._wire.aclose()
@@ -390,12 +448,7 @@ def _as_openai(error: StableError) -> StableError:
     return error
 
 
-def _cause(error: StableError, client: Any, request: Any) -> BaseException | None:
+def _cause(error: StableError, client: Any, request: Any, wire: Any) -> BaseException | None:
     """The last failure before the broker gave up, as openai's client raises it."""
     cause = error.__cause__
-    if isinstance(cause, Refusal):
-        cause.response.request = request
-        return client._make_status_error_from_response(cause.response)  # type: ignore[no-any-return]
-    if isinstance(cause, StreamError):
-        return openai.APIError(str(cause), request, body=cause.body)
-    return cause
+    return _as_raised(cause, client, request, wire) if isinstance(cause, (Refusal, StreamError)) else cause

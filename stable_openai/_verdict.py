@@ -22,14 +22,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from stable_openai.errors import ConfigurationError
+from stable_openai.errors import ConfigurationError, StableError
 
-__all__ = ["Verdict", "judge", "redact", "verdict_of_response"]
+__all__ = ["LEASE", "Verdict", "judge", "lease_of", "redact", "verdict_of_response"]
 
 Action = Literal["move", "retry", "raise"]
 Outcome = Literal["limited", "account", "key", "model", "failed", "neutral"]
 
 LONGEST_WAIT_MS = 900_000
+LEASE = "stable_openai.lease"  # the extension of a request that names the lease that it was sent with
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def judge(error: BaseException) -> Verdict:
     """The verdict of an exception that an attempt has raised."""
     if not isinstance(error, Exception):
         return Verdict("neutral", "raise")
+    if isinstance(error, StableError):  # of another call; what it was raised from, too
+        return Verdict("neutral", "raise", type(error).__name__)
     status = getattr(error, "status_code", None)
     response = getattr(error, "response", None)
     if status is None and response is not None:
@@ -232,7 +235,13 @@ def _wait_until(then: object, now: object) -> float | None:
         return None
 
 
-def redact(error: BaseException) -> None:
+def lease_of(error: BaseException) -> str | None:
+    """The lease of the request that came to an error, where a client of ours has sent it; else None."""
+    extensions = _get(_get(error, "request"), "extensions")
+    return extensions.get(LEASE) if isinstance(extensions, dict) else None
+
+
+def redact(error: BaseException | None) -> None:
     """Overwrite the secrets in the headers of the requests that an exception and its chain hold, in place."""
     seen: set[int] = set()
     todo: list[Any] = [error]

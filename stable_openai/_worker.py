@@ -58,12 +58,14 @@ Rows = tuple[tuple[int, int | None, int | None], ...]
 
 class Report(NamedTuple):
     """What is known of an attempt beside its outcome: the tokens used, a verdict, what the response's headers said of
-    the limits (see _headers.py) and the organisation that they named."""
+    the limits (see _headers.py), the organisation that they named, and what the client that is bound to the lease saw
+    of its request, if that failed."""
 
     tokens: int | None = None
     verdict: Verdict | None = None
     seen: Rows = ()
     organization: str = ""
+    error: BaseException | None = None
 
 
 NOTHING = Report()
@@ -293,11 +295,12 @@ class Worker:
 
     def settle(
         self, request: Request, lease: Granted, outcome: str, detail: str = "", told: Report = NOTHING
-    ) -> Generator[Any, Any, str]:
-        """Close a lease; what cannot be closed now is closed with the next operation. Returns the store's advice."""
+    ) -> Generator[Any, Any, str | None]:
+        """Close a lease; what cannot be closed now is closed with the next operation. Returns the store's advice; None
+        where there was nothing to close."""
         live = self.live.pop(lease.id, None)
         if live is None:  # a parent's lease in a forked child, or one that has been settled
-            return ""
+            return None
         to = live[0]
         closing = self._closing(request, lease, outcome, detail, told)
         try:
@@ -329,7 +332,7 @@ class Worker:
 
     def _closing(self, request: Request, lease: Granted, outcome: str, detail: str, told: Report) -> Closing:
         """What is said of a lease at its end; and what this worker itself learns of it."""
-        tokens, _, seen, organization = told
+        tokens, _, seen, organization, _ = told
         jitter = random.random() if outcome == "limited" else 0.0
         if tokens is not None and request.prompt >= 0:
             name = class_of(request.model, self.classes)
@@ -467,8 +470,10 @@ class Worker:
         except BrokerUnavailable:  # they look again by themselves
             return
 
-    def note(self, lease: Granted, verdict: Verdict, advice: str) -> None:
-        """Say what an error did to the key that it came with."""
+    def note(self, lease: Granted, verdict: Verdict, advice: str | None) -> None:
+        """Say what an error did to the key that it came with (None: nothing any more)."""
+        if advice is None:
+            return
         if advice == "fault":
             log.error("pool.fault pool=%s reason=%s: all keys fail alike, none is put out", self.pool, verdict.reason)
         elif advice == "out":

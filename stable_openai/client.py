@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
 
+from stable_openai._flow import Policy
 from stable_openai._lease import Lease
 from stable_openai._transport import AsyncBroker, Broker, Settings, settings_of, token_for
 from stable_openai._waiter import BANDS
@@ -166,7 +167,7 @@ class _Leasing:
             if manager is not None:
                 raise ConfigurationError("api_key", BESIDE)
             if settings is not None and not given:
-                max_retries = settings.retries
+                max_retries = openai.DEFAULT_MAX_RETRIES if settings.retries is None else settings.retries
             return super().copy(max_retries=max_retries, **options)  # type: ignore[misc,no-any-return]
         changed: dict[str, Any] = {"manager": manager, "priority": priority}
         changed = {name: value for name, value in changed.items() if value is not None}
@@ -182,10 +183,12 @@ class _Leasing:
     def __copy__(self) -> Self:
         return self.copy()
 
-    def bound(self, manager: KeyManager, lease: Lease) -> Self:
-        """A copy that uses a lease for as long as that is live. It shows the base URL of the lease's key."""
+    def bound(self, manager: KeyManager, lease: Lease, policy: Policy | None = None) -> Self:
+        """A copy whose first request uses a lease. Further ones lease for themselves, and are tried again as `policy`
+        says. It shows the base URL of the lease's key."""
         key, home = lease.key, self.base_url  # type: ignore[attr-defined]
-        settings = Settings(manager, lease.request.max_wait, lease.request.band, lease=lease, home=home)
+        asked, retries = lease.request, None if policy else openai.DEFAULT_MAX_RETRIES
+        settings = Settings(manager, asked.max_wait, asked.band, None, retries, lease, home, policy)
         shown = {"base_url": key.base_url} if key.base_url and key.api_version is None else {}
         return super().copy(_extra_kwargs={"_settings": settings}, **shown)  # type: ignore[misc,no-any-return]
 

@@ -1527,6 +1527,13 @@ def test_this_processs_own_pool_of_connections_says_nothing_of_the_upstream() ->
     assert judge(httpx.PoolTimeout("x", request=REQUEST)) == Verdict("neutral", "retry", "pool_timeout", sent=False)
 
 
+def test_what_another_call_came_to_says_nothing_of_this_ones_key() -> None:
+    """Not even where it was a lost connection that it gave up with."""
+    error = Exhausted("m", retry_after=1.5, reason="rpm", key="a")
+    error.__cause__ = openai.APIConnectionError(request=httpx.Request("POST", "https://host/v1/chat/completions"))
+    assert judge(error) == Verdict("neutral", "raise", "Exhausted")
+
+
 def test_one_revoked_key_of_an_account_is_no_fault_of_the_pool(world: World) -> None:
     """A sibling that works shows that the fault is the key's: it goes out, and its account serves on."""
     world.fake.fail(Failure.invalid_api_key(), key="sk-1", times=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from inspect import isawaitable
 from typing import Any
 
@@ -105,11 +105,13 @@ class Async(Sync):
 
 
 class World:
-    """A fake upstream, a manager of one key for it, and the three ways to a stream."""
+    """A fake upstream, a manager of one key (or of `keys`) for it, and the three ways to a stream."""
 
-    def __init__(self, colour: Any, fake: FakeOpenAI, redis: str | None, **options: Any) -> None:
+    def __init__(
+        self, colour: Any, fake: FakeOpenAI, redis: str | None, keys: Sequence[Key] | None = None, **options: Any
+    ) -> None:
         self.colour, self.fake = colour, fake
-        keys = [Key("sk-a", base_url=fake.url)]
+        keys = keys or [Key("sk-a", base_url=fake.url)]
         self.manager = KeyManager(keys, redis, **{"pool": "test-streams", "max_wait": 5.0, **options})
         self.worker = self.manager._worker
         self.client = colour.client(manager=self.manager)
