@@ -61,10 +61,17 @@ local function judge(account, tokens, model, count)
 end
 
 -- Grant, and put the account where it belongs in the index: behind all others, or where the time of its next is.
--- (Within a millisecond, behind who had fewer rounds of as many turns as it weighs.)
+-- (Within a millisecond, behind who had fewer rounds of as many turns as it weighs.) What is larger than a limit that was
+-- only learned reserves as much as that (where no other of tokens was declared): it has waited for all of it, and who comes
+-- after need not wait for more.
 local function grant(id, tokens, account, key, weight, before)
   local q = quota_of(class, account)
   local a = account_of(class, account, q)
+  local asked = tokens
+  for i = 3, 4 do
+    if q[19 + i] then tokens = math.min(tokens, q[4 * i])
+    elseif q[4 * i - 1] > 0 then tokens = asked break end
+  end
   for i = 1, q[2] == 1 and 2 or 4 do
     if q[4 * i - 1] > 0 then charge(a, i, q, i > 2 and tokens or 1, class) end
   end

@@ -13,7 +13,8 @@
 -- start that the upstream's clock may still have been in the one before. Where tokens are charged by use, the upstream
 -- may hold what the account has held at any time since the grant, and we hold that too or have charged less by now: so
 -- much is added to what remains.
---   A limit that nobody has declared is learned. It lies under what is declared, and refuses no request as too large.
+--   A limit that nobody has declared is learned. It lies under what is declared, and refuses no request as too large: such
+-- a one waits until all of the limit is free, reserves that, and is the upstream's to refuse.
 
 local ROW = '^([0-3]) ([%d%-]+) ([%d%-]+) ([0-3]) ([%d.e+%-]+) ([%d.e+%-]+)$'
 local MOST = 1e12

@@ -96,7 +96,6 @@ class Worker:
         self.known: dict[str, Key] = {}
         self.siblings = Siblings(pool, self.known)
         self._outputs: dict[str, Outputs] = {}
-        self._told_limits: dict[str, int] = {}  # of tokens, by class: the largest that responses told of
         self.run: Callable[[Steps], Any] = list
         self.on_wait: Callable[[Waiting], object] | None = None
         self.lines: dict[tuple[str, Any], Line] = {}
@@ -181,9 +180,7 @@ class Worker:
         outputs = self._outputs.get(to.model_class) or Outputs()
         reserved = outputs.reserved(estimate, by_use=bool(to.quotas[0][1]))
         declared = [limit for quota in to.quotas for limit in (quota[11], quota[15]) if limit]
-        if not declared:  # the limit is the upstream's word: what is larger is for the upstream to refuse
-            return min(reserved, self._told_limits.get(to.model_class, reserved))
-        if estimate.output is not None:
+        if not declared or estimate.output is not None:
             return reserved
         return min(reserved, max(1, estimate.prompt, int(min(declared))))  # a guess is never too large
 
@@ -340,11 +337,8 @@ class Worker:
         text = ""
         if seen:
             text = seen_text(seen, self.declared(request.model), self.headroom_s)
-            limits = [limit for number, limit, _ in seen if number > 1 and limit]
-            if limits:
+            if any(number > 1 and limit for number, limit, _ in seen):
                 self._needs_tokens[request.model] = True
-                name = class_of(request.model, self.classes)
-                self._told_limits[name] = max(min(limits), self._told_limits.get(name, 0))
         siblings = self.siblings.of(lease.key, organization) if organization else ()
         return Closing(
             lease.id, lease.account, lease.key, request.model, outcome, tokens, detail, jitter, text, siblings

@@ -273,26 +273,39 @@ def test_the_worker_leaves_out_what_cannot_be() -> None:
     assert said(((1, 300, 1),), Limits(rule="calendar", day_rule="sliding")) == "1 300 1 2 86400250 675000"
 
 
-def test_a_request_larger_than_what_was_learned_waits_until_all_is_free(store: Store) -> None:
-    to = store.register(Limits())
-    store.hear(to, ((TPM, 600, 500),))
-    refused = store.ask(to, 5000)
-    assert refused == Refused(9700, "tpm", True, True, "a")  # 597 of 600 is all that a bucket holds
-    store.now += refused.wait_ms
-    store.grant(to, 5000)
-    assert store.row(to).meters["tpm"][0] == pytest.approx(5000, abs=0.02)
+@pytest.mark.parametrize("charge", ["reserved", "used"])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_request_larger_than_what_was_learned(store: Store, rule: Any, charge: Any) -> None:
+    """It waits until all is free, and reserves as much as that: it and who comes after wait for one window at most."""
+    limits = Limits(rule=rule, charge=charge)
+    to = store.register(limits)
+    store.hear(to, ((TPM, 600, 500),), limits)
+    for part in (599, 5000):
+        refused = store.ask(to, 5000)
+        assert isinstance(refused, Refused)
+        assert (refused.reason, refused.exact) == ("tpm", True)
+        assert refused.wait_ms <= 60_250
+        store.now += refused.wait_ms
+        lease = store.grant(to, 5000)
+        assert isinstance(store.ask(to, 1), Refused)
+        if part == 599:
+            store.settle(to, lease)
+            assert store.row(to).meters["tpm"][0] == pytest.approx(600, abs=0.1)
+        else:
+            store.settle(to, lease, outcome="unsent")  # what was reserved comes back, and no more
+            assert store.row(to).meters["tpm"][0] == pytest.approx(0, abs=0.1)
 
 
-@pytest.mark.parametrize("rule", ["sliding", "calendar"])
-def test_a_request_larger_than_a_learned_window_waits_until_it_is_empty(store: Store, rule: Any) -> None:
-    to = store.register(Limits())
-    store.hear(to, ((TPM, 600, 500),), Limits(rule=rule))
-    refused = store.ask(to, 5000)
-    assert isinstance(refused, Refused)
-    store.now += refused.wait_ms
-    store.grant(to, 5000)
-    assert store.row(to).meters["tpm"][0] == 5000
-    assert isinstance(store.ask(to, 1), Refused)
+@pytest.mark.parametrize("declared", ["tpm", "tpd", None])
+def test_a_request_larger_than_one_of_two_limits(store: Store, declared: str | None) -> None:
+    """Of one that was declared it reserves what it asks for."""
+    to = store.register(Limits(**{declared: 10_000} if declared else {}))
+    store.hear(to, tuple((number, 600 + number, None) for number in (TPM, TPD) if METERS[number] != declared))
+    lease = store.grant(to, 5000)
+    used = [row[0] for row in store.row(to).meters.values()]
+    assert used == pytest.approx([5000, 5000] if declared else [602, 602], abs=0.1)
+    store.settle(to, lease, tokens=6000)  # what was really used is charged, whatever was learned
+    assert [row[0] for row in store.row(to).meters.values()] == pytest.approx([6000, 6000], abs=0.1)
 
 
 @pytest.mark.parametrize("rule", RULES)

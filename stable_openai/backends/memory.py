@@ -264,13 +264,19 @@ class MemoryBackend:
     ) -> Granted:
         name, now = member.account, pool.now
         account = known.touch(name, pool)
-        by_use = account.quota[1]
+        by_use, tokens = account.quota[1], ask.tokens
+        for number in (2, 3):
+            if number in account.learned:  # (see lua/choose.lua)
+                tokens = min(tokens, account.quota[3 + 4 * number])
+            elif account.meters[number]:
+                tokens = ask.tokens
+                break
         for number, meter in enumerate(account.meters):
             if meter and (number < 2 or not by_use):
-                meter.charge(ask.tokens if number > 1 else 1, now)
+                meter.charge(tokens if number > 1 else 1, now)
         if by_use:
-            account.held += ask.tokens
-            account.ever_held += ask.tokens
+            account.held += tokens
+            account.ever_held += tokens
         account.live += 1
         account.turn += 1
         expires, probe = now + ttl, False
@@ -278,7 +284,7 @@ class MemoryBackend:
             if scope and scope.until:
                 scope.probe, scope.probe_until, probe = ask.id, expires, True
         let_go = account.ever_held - account.held
-        known.leases[ask.id] = Lease(LIVE, ask.tokens, now, expires, probe, name, key, let_go)
+        known.leases[ask.id] = Lease(LIVE, tokens, now, expires, probe, name, key, let_go)
         known.watch(ask.id, expires)
         at = self._earliest(known, account, 0)[0]
         if at > now:
