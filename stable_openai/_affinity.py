@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 import uuid
+from functools import lru_cache
 from hashlib import blake2b
 
 from stable_openai._ops import Registration
@@ -34,14 +35,13 @@ def favourites(value: object, to: Registration) -> tuple[str, ...]:
         known = str(value).encode()
     else:
         raise ConfigurationError("affinity", "must give a str, bytes, a number or a UUID, or None")
-    remembered = to.favourites
-    found = remembered.get(known)
-    if found is None:
-        best = heapq.nlargest(COUNT, to.members, key=lambda member: _draw(known, member.account, member.weight))
-        if len(remembered) >= REMEMBERED:
-            remembered.clear()
-        found = remembered[known] = tuple(member.account for member in best)
-    return found
+    return _favourites(known, to)
+
+
+@lru_cache(REMEMBERED)
+def _favourites(value: bytes, to: Registration) -> tuple[str, ...]:
+    best = heapq.nlargest(COUNT, to.members, key=lambda member: _draw(value, member.account, member.weight))
+    return tuple(member.account for member in best)
 
 
 def _draw(value: bytes, account: str, weight: int) -> float:

@@ -59,7 +59,7 @@ class Registration:
     """The keys that a worker holds for one class, with their limits. Its digest is the ring's name: an acquire
     that names a digest the store does not know is answered with NotRegistered."""
 
-    __slots__ = ("favourites", "fingerprints", "keys", "members", "model_class", "pool", "quotas", "ring", "zones")
+    __slots__ = ("fingerprints", "keys", "members", "model_class", "pool", "quotas", "ring", "zones")
 
     def __init__(self, pool: str, model_class: str, quotas: Sequence[Quota], members: Iterable[Member]) -> None:
         self.pool = pool
@@ -67,7 +67,6 @@ class Registration:
         self.quotas = tuple(quotas)
         self.members = tuple(members)
         self.fingerprints = [fingerprint for member in self.members for fingerprint, _ in member.keys]
-        self.favourites: dict[bytes, tuple[str, ...]] = {}  # what _affinity.py has worked out
         self.zones = sorted({quota[-1] for quota in quotas if quota[-1]})
         import hashlib  # here, so that importing the package stays quick
         import json

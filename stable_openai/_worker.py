@@ -51,6 +51,7 @@ waiting_log = logging.getLogger("stable_openai.waiting")
 LONGEST_HOLD_MS = 900_000
 BATCH = 200
 MANY_LINES = 64
+MANY_MODELS = 512  # that users name: of more, not all are remembered
 MOST_DISOWNED = 1000
 Steps = Generator[Any, Any, Any]
 Rows = tuple[tuple[int, int | None, int | None], ...]
@@ -140,6 +141,7 @@ class Worker:
         by_model = self._by_model  # that of these keys, whatever is held meanwhile
         found = by_model.get(model)
         if found is None:
+            _make_room(by_model)
             found = by_model[model] = self._register_for(model, by_model)
         return found
 
@@ -162,6 +164,8 @@ class Worker:
                 quotas.append(mine)
             weighted = tuple((key.fingerprint, key.weight) for key in keys)
             members.append(Member(account, quotas.index(mine), sum(key.weight for key in keys), weighted))
+        if len(self.class_names) >= MANY_MODELS:  # (the store has them all)
+            self.class_names.clear()
         self.class_names.add(name)
         made = Registration(self.pool, name, quotas, members)
         return next((one for one in tuple(by_model.values()) if one.ring == made.ring), made)
@@ -171,6 +175,7 @@ class Worker:
         known = self._needs_tokens.get(model)
         if known is None:
             quotas = self.registration(model).quotas
+            _make_room(self._needs_tokens)
             known = self._needs_tokens[model] = any(quota[10] or quota[14] for quota in quotas)
         return known
 
@@ -196,6 +201,8 @@ class Worker:
         now_ms = time.time_ns() // 1_000_000
         days = {zone: day_starts(zone, now_ms) for zone in to.zones}
         _, reply = yield Register(to, self.id, days)
+        if len(self._registered) >= MANY_MODELS:  # they are registered again
+            self._registered.clear()
         self._registered.add(to.ring)
         if reply.moved:
             log.info("limits.changed pool=%s class=%s accounts=%d", self.pool, to.model_class, reply.moved)
@@ -313,7 +320,7 @@ class Worker:
             self._log_lost(closing)
         advice = str(replies[0].advice)
         if advice == "healed":
-            yield from self.wake_all()
+            yield from self.wake_all(to)
         return advice
 
     def _log_lost(self, closing: Closing) -> None:
@@ -333,11 +340,14 @@ class Worker:
         jitter = random.random() if outcome == "limited" else 0.0
         if tokens is not None and request.prompt >= 0:
             name = class_of(request.model, self.classes)
+            if name not in self._outputs:
+                _make_room(self._outputs)
             self._outputs.setdefault(name, Outputs()).note(max(0, tokens - request.prompt))
         text = ""
         if seen:
             text = seen_text(seen, self.declared(request.model), self.headroom_s)
             if any(number > 1 and limit for number, limit, _ in seen):
+                _make_room(self._needs_tokens)
                 self._needs_tokens[request.model] = True
         siblings = self.siblings.of(lease.key, organization) if organization else ()
         return Closing(
@@ -373,7 +383,7 @@ class Worker:
                 if later:
                     break
                 if healed:
-                    yield from self.wake_all()
+                    yield from self.wake_all(to)
         finally:  # a caller who is cancelled meanwhile leaves the rest to the next one
             self.pending.extend(open_still + later)
             if later:
@@ -403,7 +413,7 @@ class Worker:
         return to, snapshot
 
     def registrations(self) -> list[Registration]:
-        """Those that have been used, one for each ring."""
+        """Those that have been used (lately, where they are many), one for each ring."""
         return list({to.ring: to for to in tuple(self._by_model.values())}.values())
 
     def why_out(self, request: Request, now: float) -> Generator[Any, Any, dict[str, str] | None]:
@@ -455,10 +465,9 @@ class Worker:
             self._registered.discard(to.ring)  # Redis has lost its state since then
         log.info("key.%s pool=%s key=%s", verb, self.pool, key.name)
 
-    def wake_all(self) -> Steps:
+    def wake_all(self, to: Registration) -> Steps:
         """Something healed that others wait for, in classes that this worker may not know."""
         try:
-            to = next(iter(self.registrations()))
             _, snapshot = yield from self.inspect_registration(to)
             yield Admin(self.pool, "wake", "", "", None, tuple(snapshot.classes))
         except BrokerUnavailable:  # they look again by themselves
@@ -507,6 +516,13 @@ class Worker:
             "memory.forked pool=%s: the limits are kept in memory, by each process for itself; redis= shares them",
             self.pool,
         )
+
+
+def _make_room(known: dict[str, Any]) -> None:
+    """Where there are many, forget those that came first; what is still used is soon known again."""
+    if len(known) >= MANY_MODELS:
+        for name in list(known)[: MANY_MODELS // 2]:
+            known.pop(name, None)
 
 
 def runs_under_a_forking_server() -> bool:

@@ -12,7 +12,9 @@ import pytest
 from openai import RateLimitError
 
 from stable_openai import AsyncOpenAI, AzureOpenAI, Exhausted, Key, KeyManager, Limits, OpenAI, stable
+from stable_openai._affinity import _favourites
 from stable_openai._estimate import Estimate, Outputs
+from stable_openai._worker import MANY_MODELS
 from stable_openai.testing import Failure, FakeOpenAI, Limit
 
 ASKED: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]}
@@ -194,6 +196,36 @@ def test_the_output_is_estimated_from_what_it_was(managers: Any) -> None:
         assert seen[-2] <= 52
         assert seen[-1] < 500
         assert not worker.live
+
+
+def test_names_of_models_do_not_fill_the_memory(store: Any) -> None:
+    """Users may name any; what was learned of one that is used all along is learned again."""
+    manager = KeyManager(["sk-a"], store, pool="test-learning", limits=Limits(rpm=10**6))
+    worker, headers = manager._worker, {"x-ratelimit-limit-tokens": "100000", "x-ratelimit-remaining-tokens": "99999"}
+
+    @stable(manager=manager, affinity="user")
+    def call(model: str, user: str, messages: str, lease: Any = None) -> int:
+        lease.report(tokens=50, headers=headers)
+        return int(lease.request.tokens)
+
+    for number in range(2 * MANY_MODELS):
+        for _ in range(2):  # the first tells that there is a limit of tokens
+            call(f"model-{number}", f"user-{number}", "x")
+    sizes = {name: len(held) for name, held in vars(worker).items() if isinstance(held, (dict, set))}
+    assert max(sizes.values()) <= MANY_MODELS, sizes
+    assert min(sizes[name] for name in ("_by_model", "_needs_tokens", "_outputs", "_registered", "class_names")) > 9
+    assert _favourites.cache_info().currsize <= 4096
+    assert [call("model-0", "ann", "x") for _ in range(10)][-1] >= 50
+    assert manager.status().keys[0].live == 0
+    manager.close()
+
+
+def test_what_heals_wakes_others_whatever_has_become_of_the_keys(store: Any) -> None:
+    manager = KeyManager(["sk-a"], store, pool="test-learning")
+    to = manager._worker.registration("gpt-4o")
+    manager.add("sk-b")  # nothing has been asked of these keys so far
+    manager._do(manager._worker.wake_all(to))
+    manager.close()
 
 
 def test_azure_and_openai_in_one_pool(store: Any) -> None:
