@@ -124,11 +124,11 @@ class Exchange:
         body, affinity = self.asked.body, settings.affinity
         if callable(affinity):
             affinity = affinity(body or {})
-        self.request = manager.request(
-            self.asked.model or None, None, settings.max_wait, settings.priority, affinity, body or {}
-        )
-        if settings.lease is not None and affinity is None:
-            self.request = self.request._replace(wanted=settings.lease.wanted)
+        lease = settings.lease
+        model = self.asked.model or (lease.request.model if lease else None)
+        self.request = manager.request(model, None, settings.max_wait, settings.priority, affinity, body or {})
+        if lease is not None and affinity is None:
+            self.request = self.request._replace(wanted=lease.wanted)
         self.worker, self.backend = manager._worker, manager._backend
         self.lease: Lease | None = None
         self.answer: Any = None  # of the last attempt

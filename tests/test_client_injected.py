@@ -78,6 +78,22 @@ def test_every_request_of_a_function_is_counted(make: Callable[..., World], fake
     world.colour.run(story())
 
 
+def test_what_names_no_model_counts_for_that_of_the_function(make: Callable[..., World]) -> None:
+    world = make(limits=Limits(rpm=100, rule="sliding"), models={"gpt-4o*": Limits(rpm=50)})
+
+    async def body(client: Any, lease: Any) -> None:
+        for _ in range(2):
+            await got(client.models.retrieve("gpt-4o"))
+        await got(client.chat.completions.create(**{**ASK, "model": "o1"}))
+
+    async def story() -> None:
+        await got(decorated(world, body)())
+        meters = {meter.model_class: meter.used for meter in world.manager.status().keys[0].meters}
+        assert meters == {"gpt-4o*": 2, "o1": 1}
+
+    world.colour.run(story())
+
+
 def test_a_second_request_does_not_wait_for_the_lease_of_its_own_function(
     make: Callable[..., World], fake: FakeOpenAI
 ) -> None:
