@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from stable_openai._lease import Lease
     from stable_openai.manager import KeyManager
 
-__all__ = ["client_for", "shared_client"]
+__all__ = ["client_for", "prepare", "shared_client"]
 
 CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": ""}}
 
@@ -24,6 +24,11 @@ CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", 
 def client_for(manager: KeyManager, lease: Lease, is_async: bool, policy: Policy | None = None) -> Any:
     """An `openai.OpenAI` (or AsyncOpenAI) whose first request uses a lease; it leases for each further one."""
     return shared_client(is_async).bound(manager, lease, policy)
+
+
+def prepare(is_async: bool) -> None:
+    """Have the shared client, and its connections of this process or loop."""
+    shared_client(is_async)._client._transport.open()
 
 
 def shared_client(is_async: bool) -> Any:

@@ -273,9 +273,9 @@ class OneCall:
     def flow(self) -> Flow:
         if "client" in self.decorated.injected:
             # Before there is a lease: it may take a second, and what is leased should be sent at once.
-            from stable_openai._clients import shared_client
+            from stable_openai._clients import prepare
 
-            shared_client(self.is_async)
+            prepare(self.is_async)
         loop = None
         if self.is_async:
             from asyncio import get_running_loop

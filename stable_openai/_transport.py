@@ -325,7 +325,12 @@ class Broker(http.BaseTransport):
         except StableError as error:
             raise _as_openai(error) from _cause(error, client, request, self._wire)
 
+    def open(self) -> None:
+        """Have what is needed before there is a lease."""
+        self._wire.open()
+
     def _lease(self, exchange: Exchange) -> Any:
+        self.open()
         flow, worker, backend = exchange.flow(None), exchange.worker, exchange.backend
 
         def attempt(granted: Granted) -> Outcome:
@@ -389,9 +394,14 @@ class AsyncBroker(http.AsyncBaseTransport):
         except StableError as error:
             raise _as_openai(error) from _cause(error, client, request, self._wire)
 
+    def open(self) -> None:
+        """Have what is needed before there is a lease."""
+        self._wire.open()
+
     async def _lease(self, exchange: Exchange) -> Any:
         from asyncio import get_running_loop
 
+        self.open()
         flow, worker, backend = exchange.flow(get_running_loop()), exchange.worker, exchange.backend
 
         async def attempt(granted: Granted) -> Outcome:

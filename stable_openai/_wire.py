@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,6 +38,7 @@ else:
 REDIRECTS = (301, 302, 303, 307, 308)
 HOPS = "stable_openai.hops"
 _inherited: list[Any] = []
+_mutex = threading.Lock()
 
 
 class _Lines(NamedTuple):
@@ -71,6 +73,10 @@ class Wire:
     def _mine(self) -> _Lines:
         return self._lines.get(os.getpid()) or self._begin()
 
+    def open(self) -> None:
+        """Have what sends: making it takes a while, in which no lease should wait to be used."""
+        self._mine()
+
     def streams(self) -> tuple[dict[Any, Any], deque[Any]]:
         return self._mine().streams()
 
@@ -91,6 +97,10 @@ class Wire:
     def _begin(self) -> _Lines:
         """On first use, and in a forked child, where the parent's sockets are dropped, unused; its open streams are
         kept, for their end would take locks that other threads of the parent may have held."""
+        with _mutex:  # threads that come at once make one
+            return self._lines.get(os.getpid()) or self._make()
+
+    def _make(self) -> _Lines:
         client = self._client
         if client is None and _has_proxies():
             client = openai.DefaultHttpxClient()
@@ -103,7 +113,8 @@ class Wire:
             if owner != os.getpid():
                 _inherited.append(lines.held)
                 self._lines.pop(owner, None)
-        return self._lines.setdefault(os.getpid(), made)  # of threads that come at once, one is first
+        self._lines[os.getpid()] = made
+        return made
 
     def close(self) -> None:
         lines = self._lines.get(os.getpid())
@@ -124,6 +135,10 @@ class AsyncWire:
     def _mine(self) -> _Lines:
         lines: _Lines = self._lines.get()
         return lines
+
+    def open(self) -> None:
+        """As Wire.open."""
+        self._mine()
 
     def streams(self) -> tuple[dict[Any, Any], deque[Any]]:
         return self._mine().streams()
@@ -202,3 +217,11 @@ async def _nothing() -> None:
 def _has_proxies() -> bool:
     """Whether the environment names proxies, which httpx then mounts."""
     return any(name in getproxies() for name in ("http", "https", "all"))
+
+
+def _after_fork_in_child() -> None:
+    global _mutex
+    _mutex = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

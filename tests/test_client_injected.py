@@ -545,3 +545,48 @@ def test_a_stream_that_breaks_off_says_what_is_wrong_with_its_key(
         assert [key.state for key in world.manager.status().keys] == ["cooldown"]
 
     world.colour.run(story())
+
+
+@pytest.mark.parametrize("way", ["injected", "drop-in"])
+@pytest.mark.parametrize("colour", ["sync", "async"])
+def test_no_lease_waits_until_connections_can_be_made(colour: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first transport of a process (a TLS context) takes so long that what was leased would be sent too late."""
+    from stable_openai import AsyncOpenAI, OpenAI, _clients
+    from stable_openai._wire import http
+
+    name = "HTTPTransport" if colour == "sync" else "AsyncHTTPTransport"
+    make = getattr(http, name)
+    leased: list[int] = []
+
+    def made(**options: Any) -> Any:
+        leased.append(len(manager._worker.live))
+        return make(**options)
+
+    with FakeOpenAI(keys={"sk-a": "org-a"}) as fake:
+        manager = KeyManager([Key("sk-a", base_url=fake.url)], pool="test-prepared")
+        monkeypatch.setattr(http, name, made)
+        monkeypatch.setattr(_clients, "_made", {})
+
+        @stable(manager=manager)
+        def ask(client: Any) -> Any:
+            return client.chat.completions.create(**ASK)
+
+        @stable(manager=manager)
+        async def aask(client: Any) -> Any:
+            return await client.chat.completions.create(**ASK)
+
+        async def story() -> None:
+            if way == "injected":
+                await aask()
+            else:
+                await AsyncOpenAI(manager=manager).chat.completions.create(**ASK)
+
+        if colour == "async":
+            asyncio.run(story())
+        elif way == "injected":
+            ask()
+        else:
+            OpenAI(manager=manager).chat.completions.create(**ASK)
+        assert [entry.status for entry in fake.log] == [200]
+        assert leased == [0]
+        manager.close()
