@@ -302,8 +302,10 @@ def _doze(backend: Any, effect: Doze) -> int | None:
     line, waiter, seconds = effect
     if line.listener is None and seconds >= LISTEN_AFTER_S:
         line.listener = backend.listen(line.to)
-    listener = line.listener
-    if listener is not None and not line.nudged:
+    listener, quiet = line.listener, line.quiet(monotonic())
+    if quiet:
+        seconds = min(seconds, quiet)
+    elif listener is not None and not line.nudged:
         hops: int | None = listener.wait(seconds)
         if not listener.broken:
             line.deaf_s = 0.0
@@ -317,8 +319,10 @@ async def _adoze(backend: Any, effect: Doze) -> int | None:
     line, waiter, seconds = effect
     if line.listener is None and seconds >= LISTEN_AFTER_S:
         line.listener = backend.alisten(line.to)
-    listener = line.listener
-    if listener is not None and not line.nudged:
+    listener, quiet = line.listener, line.quiet(monotonic())
+    if quiet:
+        seconds = min(seconds, quiet)
+    elif listener is not None and not line.nudged:
         hops: int | None = await listener.wait(seconds)
         if not listener.broken:
             line.deaf_s = 0.0

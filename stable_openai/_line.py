@@ -37,6 +37,7 @@ ASKS, LOOKED_AT = 8, 200
 ALONE = 8  # so many ask by themselves at the same time while nobody waits
 POLL_S = 5.0
 SHORTEST_S = 0.02
+QUIET_S = 1.0
 REPORT_AFTER_S, REPORT_MOST_S = 5.0, 60.0
 
 
@@ -49,6 +50,8 @@ class Line:
         self.leader: Waiter | None = None
         self.listener: Any = None
         self.deaf_s = 0.0  # how long it was not listened for after the last break
+        self._passes_on = False
+        self._quiet_until = 0.0
         self.refusal: Refused | None = None
         self._mutex = threading.Lock()
         # By band; of each those who have returned, and the others.
@@ -203,6 +206,10 @@ class Line:
         """The store has called; so many others may use what it called for."""
         self._told, self._hops = now, hops
 
+    def quiet(self, now: float) -> float:
+        """Seconds for which the wake that was just passed on is left to the others, who may not be listening yet."""
+        return max(0.0, self._quiet_until - now)
+
     def delay(self, now: float, seconds: float) -> None:
         self._told = now + seconds
 
@@ -255,6 +262,7 @@ class Line:
         large = self._is_large(picked[0], server)
         asks = tuple(waiter.ask(self._band(waiter, server), large and waiter is picked[0]) for waiter in picked)
         hops, self._hops, self._counted = self._hops, -1, sum(bands)
+        self._passes_on = hops > 0
         self._shapes = shapes
         self._best_asked, self._patience = (asks[0].rank % LARGE, int(smallest)), last
         return picked, asks, Demand(self.claim, tuple(bands), int(smallest), _ms(last - now), hops)  # type: ignore[arg-type]
@@ -285,6 +293,8 @@ class Line:
                 self._looks = 0
             self._claimed = bool(refused) or len(self) > 0
             self._granted = granted > 0 and not refused
+            if self._passes_on and not granted:
+                self._quiet_until = now + QUIET_S
             if refused:
                 self._refuse(refused, now)
                 self._give_up_in_time(reply, now)
