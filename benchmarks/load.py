@@ -101,19 +101,21 @@ def run_processes(jobs: list[dict[str, Any]], timeout: float) -> list[dict[str, 
             worker.wait()
 
 
-def goodput(log: list[Entry], rule: str, rpm: int, started: float, seconds: float) -> float:
+def goodput(
+    log: list[Entry], rule: str, rpm: int, started: float, seconds: float, *, accounts: int = KEYS, burst_s: float = 60
+) -> float:
     """Answers beside what an oracle without delays is granted from the first arrival on, in the same time."""
     first = min(entry.at for entry in log)
     end = started + seconds
     served = sum(1 for entry in log if entry.status == 200 and entry.at <= end)
     span = end - first
     if rule == "bucket":
-        each = rpm + rpm * span / 60
+        each = rpm * (burst_s + span) / 60
     elif rule == "sliding":
         each = rpm * (1 + span // 60)
     else:
         each = rpm * (1 + end // 60 - first // 60)
-    return served / (KEYS * each)
+    return served / (accounts * each)
 
 
 def jain(shares: list[int]) -> float:

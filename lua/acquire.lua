@@ -1,14 +1,14 @@
 -- acquire.lua: choose a key for each request and reserve the request, its tokens and a slot; all in one step.
 -- USES meters, accounts, claims, line, choose
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index, 6 wakes
--- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 ring, 4 what the worker's line wants: '', or its claim's id,
---       waiting in bands 0 to 3, tokens of the smallest, ms until the last gives up (-1: never), how many others may use
+-- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 ring and birth, 4 what the worker's line wants: '', or its
+--       claim's id, waiting in bands 0 to 3, tokens of the smallest, ms until the last gives up (-1: never), how many others may use
 --       the wake that it got (-1: none); then for each request 7 more: lease id, tokens, model, accounts to avoid if others
 --       can serve, accounts to try first, accounts that must not serve (one a line), band (plus 4: large, it may hold an
 --       account). None: the line has ended
 -- REPLY {1}: register first; or {0, now, how many of the line can be served in time (-1: all, or it is not known), ms until
 --       the last of it could be}, then for each request 5 more:
---       1, key, account, 0, ''           granted (again, where the id is live)
+--       1, key, account, 0, days seen    granted (again, where the id is live: '' for days)
 --       0, ms to wait, reason, how, account that is next    refused; how 1: can be served then, 0: not before then, 2:
 --                                        look again then
 --       2, 0, '', 0, ''                  the id has been settled already
@@ -19,9 +19,9 @@
 local mark = 'r:' .. ARGV[3]
 listed = redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
 local first = listed[1]
-local seen = first and load(pool, {'m', 'breaker', 'a:' .. first, 'k:' .. first})
-  and load(class, {'m', 'q', 'w', mark, 'l:' .. (ARGV[5] or ''), 'a:' .. first, 'q:' .. first, 'h:' .. first})[mark]
-if not seen then return {1} end
+local seen = first and load(pool, {'m', 'back', 'breaker', 'a:' .. first, 'k:' .. first})
+  and load(class, {'m', 'q', 'w', 'x', mark, 'l:' .. (ARGV[5] or ''), 'a:' .. first, 'q:' .. first, 'h:' .. first})[mark]
+if not seen or #seen < 24 then return {1} end
 local revision, epoch = tick(pool)
 local known, kept, is_plain = struct.unpack('<ddd', seen)
 if not revision or known ~= revision and seen:sub(25) ~= epoch then return {1} end
@@ -59,8 +59,12 @@ end
 -- Not before its turn; nor where one that is no larger has just been refused.
 local function answer(id, tokens, model, avoid, wanted, never, rank)
   local lease, band, alike = lease_of(class, id), rank % 4, model .. '\n' .. never
-  if lease and lease[1] == LIVE then
-    put_lease(class, expiry, id, lease, now + ttl)   -- who asks again has not had it so far
+  if lease and lease[1] == LIVE and now - lease[3] >= UNHEARD then
+    refund(class, lease[6], lease)   -- who asks again has not had it so far, and would use it later than it was charged
+    put(class, 'l:' .. id, false)
+    lease = nil
+  elseif lease and lease[1] == LIVE then
+    put_lease(class, expiry, id, lease, now + ttl)
     if line then line.served(band, tokens, model) end
     return 1, lease[7], lease[6], 0, ''
   end

@@ -40,6 +40,9 @@ local function judge(account, tokens, model, count)
       local text = redis.call('HGET', ring, account)
       stale = stale or not text
       for part in (text or ''):gmatch('%S+') do row[#row + 1] = #row % 2 == 0 and tonumber(part) or part end
+      local left = row[1]
+      for n = 3, #row, 2 do left = type(left) == 'number' and type(row[n]) == 'number' and row[n] >= 1 and left - row[n] end
+      if left ~= 0 or #row % 2 == 0 then row, stale = {}, true end   -- no weights, or not those of the account
     end
     rows[account] = row
   end
@@ -93,7 +96,7 @@ local function grant(id, tokens, account, key, weight, before)
   local at = earliest(a, q, 0, class)
   if at <= now then at = (before >= now + 1 or a[6] % weight == 0) and now + math.floor(a[6] / weight) % 1000 / 1000 or before end
   if at ~= before then redis.call('ZADD', index, at, account) end
-  return 1, key, account, 0, ''
+  return 1, key, account, 0, days_seen(a, q, class)
 end
 
 -- Grant a request, or say when it can be served (as acquire replies).
@@ -102,6 +105,8 @@ local function serve(id, tokens, model, avoid, wanted, never, large)
   local open = opens(breaker)
   if not open then return 0, POLL, breaker[3], 2, '' end
   if open > now then return 0, open - now, breaker[3], 0, '' end
+  local back = tonumber(get(pool, 'back') or nil)
+  if back and back <= now and back + SETTLING > now then return 0, back + SETTLING - now, 'back', 0, '' end
 
   -- Those that are asked for come first, then the index.
   listed = listed or redis.call('ZRANGE', index, 0, 0, 'WITHSCORES')
@@ -121,10 +126,11 @@ local function serve(id, tokens, model, avoid, wanted, never, large)
       local account, at
       if n < 0 then account, at = ahead[n + #ahead], tonumber(ahead[n + #ahead + 1])
       else account, at = listed[n], tonumber(listed[n + 1]) end
-      if n > 0 and (not account or at >= now + 1 and at >= best) then
+      if n > 0 and (not account or at >= now + 1 and at >= best and at <= NEVER) then
         bounded = bounded or account or size < 2 * EXAMINED
         break
       end
+      if at > NEVER then at = 0 end
       n, last = n + 2, math.max(last, at)
       local passed = never ~= '' and ('\n' .. never .. '\n'):find('\n' .. account .. '\n', 1, true)
       if not passed and (avoid == '' or (round == 2) == (('\n' .. avoid .. '\n'):find('\n' .. account .. '\n', 1, true) ~= nil)) then

@@ -26,7 +26,7 @@ local function make_windows(class)
   local function unvarint(log, place)
     local n, unit = 0, 1
     while true do
-      local one = byte(log, place)
+      local one = byte(log, place) or 0   -- of a log that is garbled nothing is more
       place = place + 1
       if one < 128 then return n + one * unit, place end
       n, unit = n + (one - 128) * unit, unit * 128
@@ -59,8 +59,8 @@ local function make_windows(class)
     if period > 0 then return abs - abs % period, abs - abs % period + period end
     local days = days_of[q.tz]
     if not days then
-      local packed = get(class, 'd:' .. q.tz)
-      days = packed and cmsgpack.unpack(packed) or {}
+      days = table_in(class, 'd:' .. q.tz) or {}
+      if not sound(unpack(days)) then days = {} end
       days_of[q.tz] = days
     end
     for day = 1, #days - 1 do
@@ -137,6 +137,7 @@ local function make_windows(class)
         end
         return a[6 + 2 * i] > 0 and m[3] + period <= now and sum - m[4] or sum
       end,
+      counts = function(i, q, at) return at + q[4 * i + 1] > now end,
       fresh = function(a, i, q)
         local before = now - 2 * q[4 * i + 1]
         a.logs[i] = {before, before, before, 0, ''}
@@ -163,6 +164,10 @@ local function make_windows(class)
       used = function(a, i, q)
         local start = window(q, i, now)
         return start and others(a, i, q, start) and 0 or a[5 + 2 * i]
+      end,
+      counts = function(i, q, at)
+        local start = window(q, i, now)
+        return start and start == window(q, i, at)
       end,
       fresh = function(a, i, q) return 0, window(q, i, now) or 0 end,
       period = period,
@@ -207,4 +212,17 @@ local function charge(a, i, q, n, class)
   else
     (windows or make_windows(class))[q[j - 1]].charge(a, i, q, n)
   end
+end
+
+-- What is used of a meter now; looking changes nothing.
+local function used(a, i, q, class)
+  local j, x = 4 * i, 5 + 2 * i
+  if q[j - 1] ~= 1 then return (windows or make_windows(class))[q[j - 1]].used(a, i, q) end
+  return q[j + 2] - math.min(q[j + 2], a[x] + math.max(0, now - a[x + 1]) * q[j + 1])
+end
+
+-- What an account has used of its days, for a worker to know if this is lost: now, requests, tokens; '' without limits.
+local function days_seen(a, q, class)
+  if q[7] == 0 and q[15] == 0 then return '' end
+  return ('%.0f %.17g %.17g'):format(now, q[7] > 0 and used(a, 2, q, class) or 0, q[15] > 0 and used(a, 4, q, class) or 0)
 end

@@ -10,12 +10,18 @@
 -- another: rings that were registered under an older one are registered again. Who needs what is not there says REGISTER
 -- (or, of a lease, that it is gone); the leases of a class outlive the list of when they expire.
 --
+-- A class that is lost is born again, under another name, by the first to register. Who knew it as it was before says so
+-- when it registers: then what is left of a minute is taken for used (see account_of), and each worker restores what it knows, its
+-- live leases and what it has seen of days. Whoever comes with an older birth is told to register.
+--
 --   stable:{pool}:pool           hash
 --     m            base, last now, raw clock when it was seen to jump back or -1, admin revision, epoch
 --     a:<account>  an account that is out {until or 0, pause, reason, probe's lease or false, probe's expiry}
 --     k:<key>      the same of a key, then {.., 401s in a row, disabled until or false (-1: for good), {model = until}}
 --     breaker      the same of the pool (its reason is a kind of failure), then {.., {{time, kind, account}, ..}}
 --     classes      {class, ..}: all that have been registered
+--     back         when the first worker came back after the store was away for all of them: until the others have told
+--                  what they used meanwhile, nothing is granted
 --     auth         {[key] = {time of its 401, account}}: those since the last success
 --   stable:{pool}:class:<class>  hash
 --     m            no lease expires before this
@@ -26,7 +32,10 @@
 --     h:<account>  limits that responses' headers told of and nobody has declared: for each the meter's number 1 to 4 (a
 --                  byte), since when, and its four numbers. What `register` declares lies over it, and drops it
 --     d:<tz>       {midnight, ..}: days of a time zone, epoch ms
---     r:<ring>     admin revision that the ring's index has seen, when PEXPIRE was set, whether it is plain: every
+--     b            birth: what this class is called since it was begun
+--     x            when a worker said that the class had been lost; not there where none did
+--     e            {[worker] = {number, time}}: the last that each has restored of what it spent without us
+--     r:<ring>.<birth>  admin revision that the ring's index has seen, when PEXPIRE was set, whether it is plain: every
 --                  account has one key, of its own name, and weight 1 (then the hash of the ring is not needed); epoch
 --     a:<account>  live leases, tokens held, cooldown until, refusals in a row, since, turn, then two numbers for each of
 --                  rpm, rpd, tpm, tpd, tokens that it has ever held; then the logs of sliding windows
@@ -38,6 +47,11 @@
 --   stable:{pool}:ready:<ring>   zset  account -> the ready index: the time when it was last sent to the back, or where it
 --                                      cannot serve even the smallest request, a lower bound of when it can
 --   stable:{pool}:wakes:<class>  list  hints for those who wait, popped by one each
+--   stable:{pool}:roster         zset  the workers that are there (see attend.lua)
+--
+-- WHAT IS GARBLED, by whoever else can write, is never trusted: a meter that cannot be read is read as used up, a quota as
+-- unknown (REGISTER), the rest as lost. No number of the schema is beyond NEVER. (What is wrong but could be right is
+-- believed: who may write here may also raise a limit.)
 --
 -- A script's body runs anew for every call, and each closure that it makes costs as much as a small command: what a
 -- plain grant does not need is therefore made when it is first used.
@@ -60,6 +74,24 @@ local function get(key, field)
   local cell = cells[key]
   if not cell or cell[field] == nil then cell = load(key, {field}) end
   return cell[field]
+end
+
+-- Whether numbers are some: nil, NaN and what is far out of the schema are not.
+local function sound(...)
+  for n = 1, select('#', ...) do
+    local number = select(n, ...)
+    if type(number) ~= 'number' or not (number > -NEVER and number <= NEVER) then return false end
+  end
+  return true
+end
+
+-- A table that is packed in a field; nil where there is none.
+local function table_in(key, field)
+  local packed = get(key, field)
+  if not packed then return nil end
+  local ok, value = pcall(cmsgpack.unpack, packed)
+  if ok and type(value) == 'table' then return value end
+  cells[key][field] = false
 end
 
 -- Fields are written (or dropped: false) together at the end.
@@ -89,12 +121,13 @@ local function tick(pool)
     local time = redis.call('TIME')
     raw = time[1] * 1000 + math.floor(time[2] / 1000)
   end
-  if not meta then
-    base, now = 0, raw
+  local last, back, revision, after
+  if meta and #meta >= 32 then base, last, back, revision, after = struct.unpack('<dddd', meta) end
+  local sum = base and base + last + back + revision
+  if not (base and sum > -NEVER and sum < NEVER) then
+    cells[pool].m, base, now = false, 0, raw
     return nil
   end
-  local last, back, revision, after
-  base, last, back, revision, after = struct.unpack('<dddd', meta)
   now = raw - base
   local was_base, was_last, was_back = base, last, back
   if now >= last then

@@ -3,19 +3,27 @@
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index, 6 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 ring, 3 an epoch (taken where the pool has none), 4 days as JSON
 --       {tz: [epoch ms, ..]}, 5 quotas as JSON [[18 numbers, time zone], ..], 6 members as JSON
---       [[account, number of its quota, weight, key, weight, ..], ..]
--- REPLY {epoch, accounts whose limits this changed}
+--       [[account, number of its quota, weight, key, weight, ..], ..], 7 a birth (taken where the class has none), 8 the
+--       birth that the worker knew ('': none), 9 how many ms ago it last did
+-- REPLY {epoch, accounts whose limits this changed, birth, 1 where what the worker knew was lost since};
+--       the error OLD from a server that is older than Redis 6.2
 
 local pool, class, expiry, ring, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local lowered = redis.pcall('ZADD', expiry, 'XX', 'LT', NEVER, '')   -- LT is the youngest thing that is used; this lowers nothing
+if type(lowered) == 'table' and lowered.err:find('syntax error', 1, true) then return redis.error_reply('OLD') end
 local revision, epoch = tick(pool)
 if not revision then
   revision, epoch = now, ARGV[3]
   put(pool, 'm', struct.pack('<dddd', base, now, -1, revision) .. epoch)
 end
-local mark = 'r:' .. ARGV[2]
-load(class, {'q', 'w', mark})
-local name, names = class:match(':class:(.*)$'), get(pool, 'classes')
-names = names and cmsgpack.unpack(names) or {}
+load(class, {'q', 'w', 'b', 'x'})
+local birth = get(class, 'b')
+if not birth then
+  birth = ARGV[7]
+  put(class, 'b', birth)
+end
+local mark = 'r:' .. ARGV[2] .. '.' .. birth
+local name, names = class:match(':class:(.*)$'), table_in(pool, 'classes') or {}
 local listed = false
 for _, other in ipairs(names) do listed = listed or other == name end
 if not listed then
@@ -52,8 +60,9 @@ for first = 1, #members, 500 do
       put(class, 'q:' .. account, packed[n] ~= usual and packed[n])
       quotas[account] = nil
       if old then
-        local new, a = quota_of(class, account), account_of(class, account, old)
-        for i = 1, 4 do carry(a, i, old, new, class) end
+        local new = quota_of(class, account)
+        local a = account_of(class, account, old.lost and new or old)
+        for i = 1, old.lost and 0 or 4 do carry(a, i, old, new, class) end
         if known['h:' .. account] then put_learned(class, account, new) end
         touched[account] = true
       end
@@ -75,8 +84,20 @@ if moved > 0 then
   wake(KEYS[6], #claims)
 end
 put(class, mark, struct.pack('<ddd', revision, now, plain) .. epoch)
+local lost = ARGV[8] ~= '' and ARGV[8] ~= birth and tonumber(ARGV[9]) < DAY
+if lost and not get(class, 'x') then
+  put(class, 'x', ('%.17g'):format(now))
+  local fields = redis.call('HGETALL', class)   -- who knew nothing may have been here first
+  for n = 1, #fields, 2 do
+    local account = fields[n]:match('^a:(.*)$')
+    if account then
+      account_of(class, account, quota_of(class, account), true)
+      touched[account] = true
+    end
+  end
+end
 finish(class)
 if plain == 0 then for _, row in ipairs(rows) do redis.call('HSET', ring, unpack(row)) end end
 redis.call('ZADD', expiry, NEVER, '')   -- it is never empty, and so never loses its PEXPIRE
 for i = 1, #KEYS do redis.call('PEXPIRE', KEYS[i], KEEP) end
-return {epoch, moved}
+return {epoch, moved, birth, lost and 1 or 0}

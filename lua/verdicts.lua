@@ -53,7 +53,7 @@ local function make_verdicts(index)
     end
     local log, heard, all, failing, part, alike = {}, {}, 0, {}, 0, 0
     for _, entry in ipairs(breaker[6]) do
-      if entry[1] + BREAKER_WINDOW > now then log[#log + 1] = entry end
+      if type(entry) == 'table' and entry[3] and sound(entry[1]) and entry[1] + BREAKER_WINDOW > now then log[#log + 1] = entry end
     end
     log[#log + 1] = {now, kind, account}
     if #log > 64 then table.remove(log, 1) end
@@ -123,11 +123,11 @@ local function make_verdicts(index)
     -- A 401: out after two in a row. But where enough accounts fail alike no key is at fault, and those that were put
     -- out meanwhile return.
     key = function(id, _, account, key)
-      local packed, field = get(pool, 'auth'), 'k:' .. key
-      local seen, accounts, differing, failing = packed and cmsgpack.unpack(packed) or {}, {}, 0, 0
+      local field = 'k:' .. key
+      local seen, accounts, differing, failing = table_in(pool, 'auth') or {}, {}, 0, 0
       seen[key] = {now, account}
       for other, entry in pairs(seen) do
-        if entry[1] + AUTH_WINDOW <= now then seen[other] = nil
+        if type(entry) ~= 'table' or not entry[2] or not sound(entry[1]) or entry[1] + AUTH_WINDOW <= now then seen[other] = nil
         else
           failing = failing + 1
           if not accounts[entry[2]] then accounts[entry[2]], differing = true, differing + 1 end
@@ -159,9 +159,8 @@ local function make_verdicts(index)
     -- The model is missing for this key only if another account has served it; else its name may be wrong.
     model = function(id, _, account, key, model)
       end_probe(id, account, key, false)
-      local packed, field = get(class, 's:' .. model), 'k:' .. key
-      if not packed then return 'unknown' end
-      local served = cmsgpack.unpack(packed)
+      local served, field = table_in(class, 's:' .. model), 'k:' .. key
+      if not served then return 'unknown' end
       if served[1] == account and not served[2] then return '' end
       local k = key_scope(field)
       local missing = k[8] or {}
@@ -181,9 +180,8 @@ end
 -- What follows from an outcome; returns the advice to who settled.
 local function conclude(id, lease, account, key, model, outcome, detail, jitter, siblings, index)
   if outcome == 'ok' then
-    local a, packed = account_of(class, account, quota_of(class, account)), get(class, 's:' .. model)
+    local a, served = account_of(class, account, quota_of(class, account)), table_in(class, 's:' .. model) or {}
     if a[4] > 0 then a[4] = 0; touched[account] = true end
-    local served = packed and cmsgpack.unpack(packed) or {}
     if served[1] ~= account and not served[2] then
       served[#served + 1] = account
       put(class, 's:' .. model, cmsgpack.pack(served))

@@ -1,4 +1,5 @@
-"""The heartbeat: one daemon thread a process, which renews live leases and settles what finalisers have queued.
+"""The heartbeat: one daemon thread a process, which renews live leases, settles what finalisers have queued, and lets
+the others who share the store know that a worker is there.
 
 It starts with the first lease, looks every third of the shortest ttl (soon again, where what it did has failed), and
 ends when there is nothing left to do. It serves coroutines too: a lease is renewed for as long as its process lives,
@@ -26,6 +27,7 @@ __all__ = ["heartbeat"]
 
 log = logging.getLogger("stable_openai.leases")
 FLUSH_S = 1.0
+REST_S = 1.0
 
 
 class Heartbeat:
@@ -35,10 +37,12 @@ class Heartbeat:
 
     def begin_life(self) -> None:
         self._mutex = threading.Lock()
+        self._works = threading.Lock()
         self._thread: threading.Thread | None = None
         self._sooner = threading.Event()
         self._pause = math.inf
         self._failed = False
+        self._forks = threading.local()
 
     def serve(self, worker: Worker) -> None:
         """Serve this worker from now on, for as long as somebody else holds it."""
@@ -60,7 +64,11 @@ class Heartbeat:
 
     def _workers(self) -> list[Worker]:
         workers = [ref() for ref in self._served]
-        return [worker for worker in workers if worker is not None and (worker.live or worker.pending)]
+        return [
+            worker
+            for worker in workers
+            if worker is not None and (worker.live or worker.pending or worker.attend_at < math.inf)
+        ]
 
     def _live(self) -> None:
         try:
@@ -78,11 +86,8 @@ class Heartbeat:
         self._pause = min(map(self._pause_of, self._workers()), default=0.0)
         if self._sooner.wait(self._pause):
             return True
-        # What is renewed comes before what may wait; the shortest lease first.
-        workers = sorted(self._workers(), key=lambda worker: worker.ttl_ms)
-        failed = [self._fails(worker, worker.renew(time.monotonic())) for worker in workers]
-        failed += [self._fails(worker, worker.flush()) for worker in workers]
-        self._failed = any(failed)
+        with self._works:
+            self._work()
         if self._workers():
             return True
         # A lease that is granted between the two looks finds no thread, or is seen by the second.
@@ -95,9 +100,26 @@ class Heartbeat:
             self._thread = threading.current_thread()
             return True
 
+    def _work(self) -> None:
+        # What is renewed comes before what may wait; the shortest lease first.
+        workers, now = sorted(self._workers(), key=lambda worker: worker.ttl_ms), time.monotonic()
+        failed = [self._fails(worker, worker.renew(now)) for worker in workers]
+        failed += [self._fails(worker, worker.flush()) for worker in workers]
+        failed += [self._fails(worker, worker.attend()) for worker in workers if worker.attend_at <= now]
+        self._failed = any(failed)
+
+    def before_fork(self) -> None:
+        """Come to rest: a module that this thread imports, say, could never be imported in the child."""
+        self._forks.rests = self._works.acquire(timeout=REST_S)
+
+    def after_fork_in_parent(self) -> None:
+        if self._forks.rests:
+            self._works.release()
+
     def _pause_of(self, worker: Worker) -> float:
         ttl_s = worker.ttl_ms / 1000
-        return min(ttl_s / 20 if self._failed else ttl_s / 3, FLUSH_S if worker.pending or self._failed else math.inf)
+        soon = FLUSH_S if worker.pending or self._failed else math.inf
+        return min(ttl_s / 20 if self._failed else ttl_s / 3, soon, max(0.0, worker.attend_at - time.monotonic()))
 
     def _fails(self, worker: Worker, steps: Any) -> bool:
         try:
@@ -116,4 +138,8 @@ def _after_fork_in_child() -> None:
     heartbeat.begin_life()
 
 
-os.register_at_fork(after_in_child=_after_fork_in_child)
+os.register_at_fork(
+    before=heartbeat.before_fork,
+    after_in_parent=heartbeat.after_fork_in_parent,
+    after_in_child=_after_fork_in_child,
+)

@@ -12,6 +12,7 @@ from stable_openai._drive import adrive, drive
 from stable_openai._flow import Outcome, Raised, Returned, Sleep, verdict_of, verdict_on
 from stable_openai._flow import outcome_of as _outcome_of
 from stable_openai._keys import Key
+from stable_openai._limits import MOST
 from stable_openai._obtain import obtain
 from stable_openai._ops import Granted
 from stable_openai._verdict import Verdict, redact, verdict_of_response
@@ -114,7 +115,7 @@ class Lease:
             if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
                 raise ConfigurationError("tokens", "must be a whole number, 0 or more")
             self._used.clear()
-            self._tell(tokens=tokens)
+            self._tell(tokens=min(tokens, MOST))
         if headers:
             from stable_openai._headers import seen_in  # here, so that importing the package stays quick
 

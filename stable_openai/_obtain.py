@@ -21,17 +21,20 @@ from stable_openai._line import Line
 from stable_openai._ops import Acquire, Demand, Granted, Refused, TooLarge
 from stable_openai._waiter import Moved, Request, Waiter
 from stable_openai._worker import Worker
-from stable_openai.errors import BrokerUnavailable, Exhausted, NoKeys, RequestTooLarge
+from stable_openai.errors import BrokerUnavailable, ConfigurationError, Exhausted, NoKeys, RequestTooLarge
 
 __all__ = ["Doze", "Hush", "Park", "Sleep", "obtain"]
 
 ASK_AGAIN_S = 1.0
-NOT_OUT = ("rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held", "line")  # then some key is not out
+# Then some key is not out.
+NOT_OUT = ("rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held", "line", "elsewhere", "back")
 GLANCE_S, LATE_S, BUSY_S = 0.002, 0.003, 0.25
 REASONS = {
     **{kind: f"the breaker, after failures of the upstream ({kind})" for kind in ("5xx", "connection", "timeout")},
     "held": "a large request, for which the account is held",
     "line": "the calls that came before",
+    "back": "that Redis has just come back",
+    "elsewhere": "that Redis is away, and other workers have the keys",
 }
 
 
@@ -125,6 +128,8 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
             worker.disown(line.to, waiter)
             raise
         line.delay(now, ASK_AGAIN_S)
+    except ConfigurationError:  # the server is too old: it was not asked
+        raise
     except BaseException as error:
         worker.disown(line.to, waiter, isinstance(error, GeneratorExit))
         raise
@@ -185,7 +190,7 @@ def _clear(worker: Worker, line: Line) -> Steps:
     if claim or hops is not None:
         demand = Demand(claim or line.claim, (0, 0, 0, 0), 0, -1, -1 if hops is None else hops)
         with suppress(BrokerUnavailable):  # the claim ends by itself
-            yield Acquire(line.to, worker.ttl_ms, (), demand)
+            yield Acquire(line.to, worker.ttl_ms, (), demand, worker.birth_of(line.to))
 
 
 def _lead(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:

@@ -2,9 +2,10 @@
 
 Every backend takes one of the operations and answers with its reply:
 
-    Register -> Registered                      Renew   -> list[bool] (renewed, or lost)
-    Acquire  -> NotRegistered or Acquired       Inspect -> Snapshot
-    Settle   -> list[Settled]                   Admin   -> bool (False: the pool is not known)
+    Register -> Registered                            Restore -> bool (False: register first)
+    Acquire  -> NotRegistered or Acquired             Inspect -> Snapshot
+    Settle   -> NotRegistered or list[Settled]        Admin   -> bool (False: the pool is not known)
+    Renew    -> NotRegistered or list[bool] (lives)   Attend  -> Roster
 
 An Answer is Granted, Refused, Gone or TooLarge. Times are whole milliseconds. These are named tuples and not
 dataclasses because some are made for every attempt, and a frozen dataclass takes four times as long to make.
@@ -12,10 +13,11 @@ dataclasses because some are made for every attempt, and a frozen dataclass take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from stable_openai._limits import METERS, Quota
+from stable_openai.errors import BrokerUnavailable
 
 __all__ = [
     "LARGE",
@@ -24,11 +26,14 @@ __all__ = [
     "Admin",
     "Answer",
     "Ask",
+    "Attend",
     "Closing",
+    "Days",
     "Demand",
     "Gone",
     "Granted",
     "Inspect",
+    "Live",
     "Member",
     "NotRegistered",
     "Op",
@@ -37,10 +42,14 @@ __all__ = [
     "Registered",
     "Registration",
     "Renew",
+    "Restore",
+    "Roster",
     "Settle",
     "Settled",
     "Snapshot",
+    "Spent",
     "TooLarge",
+    "days_of",
     "decode",
     "encode",
 ]  # fmt: skip
@@ -83,8 +92,14 @@ class Registration:
             f"{tag}:wakes:{model_class}",
         )
 
+    def counts_days(self) -> Iterator[Member]:
+        """The members whose days have limits."""
+        days = [quota[6] > 0 or quota[14] > 0 for quota in self.quotas]
+        return (member for member in self.members if days[member.quota])
+
 
 LARGE = 4
+LONGEST_MS = 10**12
 
 
 class Ask(NamedTuple):
@@ -130,31 +145,104 @@ class Closing(NamedTuple):
 
 
 class Register(NamedTuple):
+    """`birth` is what a new class will be called, `known` what it was called when the worker knew it last, `ago_ms`
+    before now ("": it never did)."""
+
     to: Registration
     epoch: str
     days: dict[str, list[int]]
+    birth: str = ""
+    known: str = ""
+    ago_ms: int = 0
 
 
 class Acquire(NamedTuple):
-    """`demand` None: who asks does not wait. No asks: nobody waits any more."""
+    """`demand` None: who asks does not wait. No asks: nobody waits any more. `birth` is what the class was called when
+    the worker registered: of another one, it is told to register."""
 
     to: Registration
     ttl_ms: int
     asks: tuple[Ask, ...]
     demand: Demand | None = None
+    birth: str = ""
 
 
 class Settle(NamedTuple):
+    """`birth` as in Acquire, but "" is any."""
+
     to: Registration
     ttl_ms: int
     closings: tuple[Closing, ...]
+    birth: str = ""
 
 
 class Renew(NamedTuple):
+    """`birth` as in Settle."""
+
     to: Registration
     ttl_ms: int
     longest_ms: int
     ids: tuple[str, ...]
+    birth: str = ""
+
+
+class Days(NamedTuple):
+    """What was used of an account's days at a time of the store's (ms)."""
+
+    account: str
+    at: int
+    requests: float
+    tokens: float
+
+
+def days_of(account: str, text: str) -> Days:
+    """What the store said of an account's days (see Granted)."""
+    at, requests, tokens = text.split()
+    return Days(account, int(at), float(requests), float(tokens))
+
+
+class Live(NamedTuple):
+    id: str
+    account: str
+    key: str
+    tokens: int
+    granted: int
+
+
+class Spent(NamedTuple):
+    """What was used of an account where the store was away, `last` in its last minute."""
+
+    account: str
+    last_requests: int
+    requests: int
+    last_tokens: int
+    tokens: int
+
+
+class Restore(NamedTuple):
+    """What a worker knows of a class and the store does not. What was `spent` is charged once: `number` is higher than
+    that of all that the worker has restored before."""
+
+    to: Registration
+    ttl_ms: int
+    birth: str
+    worker: str
+    days: tuple[Days, ...] = ()
+    live: tuple[Live, ...] = ()
+    spent: tuple[Spent, ...] = ()
+    number: int = 0
+
+
+class Attend(NamedTuple):
+    """Be in the roster for some periods of so many ms (0: leave it). `shares` says what the worker can share, `births`
+    what the classes that it knows are called, `away_ms` for how long it could not reach the store."""
+
+    pool: str
+    worker: str
+    shares: str
+    period_ms: int
+    births: tuple[tuple[str, str], ...] = ()
+    away_ms: int = 0
 
 
 class Inspect(NamedTuple):
@@ -174,12 +262,27 @@ class Admin(NamedTuple):
     classes: tuple[str, ...]
 
 
-Op = Register | Acquire | Settle | Renew | Inspect | Admin
+Op = Register | Acquire | Settle | Renew | Restore | Inspect | Admin | Attend
 
 
 class Registered(NamedTuple):
+    """`lost`: what the worker knew of the class is not there any more."""
+
     epoch: str
     moved: int
+    birth: str = ""
+    lost: bool = False
+
+
+class Roster(NamedTuple):
+    """A worker's place among those of the pool, since `age_ms`; `alike`: all can share the same. The classes that are
+    others now are `lost`."""
+
+    age_ms: int
+    rank: int
+    size: int
+    alike: bool
+    lost: tuple[str, ...] = ()
 
 
 class NotRegistered(NamedTuple):
@@ -187,9 +290,12 @@ class NotRegistered(NamedTuple):
 
 
 class Granted(NamedTuple):
+    """`days` is what was used of the account's days, where they have limits (see days_seen in lua/meters.lua)."""
+
     id: str
     key: str
     account: str
+    days: str = ""
 
 
 class Refused(NamedTuple):
@@ -227,10 +333,12 @@ class Acquired(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """`code` 0 done, 1 late, 2 gone; `advice` "", "out", "fault", "unknown" or "healed" (see settle.lua)."""
+    """`code` 0 done, 1 late, 2 gone; `advice` "", "out", "fault", "unknown" or "healed" (see settle.lua); `days` as in
+    Granted."""
 
     code: int
     advice: str
+    days: str = ""
 
 
 class AccountRow(NamedTuple):
@@ -269,6 +377,7 @@ class Snapshot(NamedTuple):
     """All that workers have registered."""
     accounts: dict[str, AccountRow]
     keys: dict[str, KeyRow]
+    now_ms: int
 
 
 def encode(op: Op, now: str) -> tuple[str, tuple[str, ...], list[Any]]:
@@ -279,12 +388,26 @@ def encode(op: Op, now: str) -> tuple[str, tuple[str, ...], list[Any]]:
 
 
 def decode(op: Op, reply: Any) -> Any:
-    """The reply of a script as a value."""
-    return _CODECS[type(op)][2](op, reply)
+    """The reply of a script as a value. Raises BrokerUnavailable where it is none of the broker's."""
+    try:
+        return _CODECS[type(op)][2](op, reply)
+    except (TypeError, ValueError, LookupError, AttributeError):
+        raise BrokerUnavailable(f"Redis answered {type(op).__name__} with what is no reply of the broker's") from None
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+    return value if type(value) is str else value.decode()
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError
+    return value
+
+
+def _wait(value: Any) -> int:
+    """Milliseconds; what is negative did not fit into the server's whole numbers."""
+    return value if 0 <= _whole(value) <= LONGEST_MS else LONGEST_MS
 
 
 def _register(op: Register, now: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -295,7 +418,13 @@ def _register(op: Register, now: str) -> tuple[tuple[str, ...], list[Any]]:
         [member.account, member.quota + 1, member.weight, *(part for key in member.keys for part in key)]
         for member in to.members
     ]
-    return to.keys, [now, to.ring, op.epoch, *(json.dumps(part) for part in (op.days, to.quotas, members))]
+    parts = (json.dumps(part) for part in (op.days, to.quotas, members))
+    return to.keys, [now, to.ring, op.epoch, *parts, op.birth, op.known, op.ago_ms]
+
+
+def _registered(op: Register, reply: list[Any]) -> Registered:
+    epoch, moved, birth, lost = reply
+    return Registered(_text(epoch), _whole(moved), _text(birth), _whole(lost) == 1)
 
 
 def _acquire(op: Acquire, now: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -306,7 +435,7 @@ def _acquire(op: Acquire, now: str) -> tuple[tuple[str, ...], list[Any]]:
     else:
         claim, (urgent, normal, low, idle), smallest, patience, hops = demand
         wanted = f"{claim} {urgent} {normal} {low} {idle} {smallest} {patience} {hops}"
-    args: list[Any] = [now, op.ttl_ms, to.ring, wanted]
+    args: list[Any] = [now, op.ttl_ms, f"{to.ring}.{op.birth}", wanted]
     for id, tokens, model, avoid, first, never, rank in op.asks:
         args += (id, tokens, model, "\n".join(avoid), "\n".join(first), "\n".join(never), rank)
     return to.keys, args
@@ -321,17 +450,17 @@ def _acquired(op: Acquire, reply: list[Any]) -> NotRegistered | Acquired:
         code, first, second, how, account = reply[place : place + 5]
         place += 5
         if code == 1:
-            answers.append(Granted(ask.id, _text(first), _text(second)))
+            answers.append(Granted(ask.id, _text(first), _text(second), _text(account)))
         elif code == 0:
-            answers.append(Refused(first, _text(second), how == 1, how != 2, _text(account)))
+            answers.append(Refused(_wait(first), _text(second), how == 1, how != 2, _text(account)))
         else:
-            answers.append(Gone() if code == 2 else TooLarge(_text(second)))
-    return Acquired(reply[1], reply[2], reply[3], answers)
+            answers.append(Gone() if _whole(code) == 2 else TooLarge(_text(second)))
+    return Acquired(_whole(reply[1]), _whole(reply[2]), _whole(reply[3]), answers)
 
 
 def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
     keys = op.to.keys
-    args: list[Any] = [now, op.ttl_ms, len(op.to.fingerprints)]
+    args: list[Any] = [now, op.ttl_ms, len(op.to.fingerprints), op.birth]
     for closing in op.closings:
         args += closing
         args[-1] = "\n".join(closing.siblings)
@@ -340,8 +469,31 @@ def _settle(op: Settle, now: str) -> tuple[tuple[str, ...], list[Any]]:
     return (keys[0], keys[1], keys[2], keys[4], keys[5]), args
 
 
+def _settled(op: Settle, reply: list[Any]) -> NotRegistered | list[Settled]:
+    if not reply and op.closings:
+        return NotRegistered()
+    if len(reply) != 3 * len(op.closings):
+        raise ValueError
+    return [Settled(_whole(code), _text(advice), _text(days)) for code, advice, days in zip(*[iter(reply)] * 3)]
+
+
 def _renew(op: Renew, now: str) -> tuple[tuple[str, ...], list[Any]]:
-    return op.to.keys[:3], [now, op.ttl_ms, op.longest_ms, *op.ids]
+    return op.to.keys[:3], [now, op.ttl_ms, op.longest_ms, op.birth, *op.ids]
+
+
+def _renewed(op: Renew, reply: list[Any]) -> NotRegistered | list[bool]:
+    if not reply and op.ids:
+        return NotRegistered()
+    if len(reply) != len(op.ids):
+        raise ValueError
+    return [_whole(code) == 1 for code in reply]
+
+
+def _restore(op: Restore, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    import json
+
+    parts = (json.dumps(part) for part in (op.days, op.live, op.spent))
+    return op.to.keys[:3], [now, op.ttl_ms, op.birth, op.worker, op.number, *parts]
 
 
 def _inspect(op: Inspect, now: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -350,17 +502,27 @@ def _inspect(op: Inspect, now: str) -> tuple[tuple[str, ...], list[Any]]:
 
 
 def _snapshot(op: Inspect, reply: list[Any]) -> Snapshot:
-    (breaker, breaker_ms), claims, classes, rows = reply[0], reply[1], reply[2], reply[3:]
-    line = [ClaimRow(_text(claim), ms, _text(why), tuple(bands)) for claim, ms, why, *bands in claims]
+    (breaker, breaker_ms, now_ms), claims, classes, rows = reply[0], reply[1], reply[2], reply[3:]
+    line = [ClaimRow(_text(claim), _wait(ms), _text(why), _bands(bands)) for claim, ms, why, *bands in claims]
     accounts = {}
     for member, (live, held, cooldown, out, why, *meters) in zip(op.to.members, rows):
         known = {name: (float(row[0]), int(row[1]), row[2] == 1) for name, row in zip(METERS, meters) if row}
-        accounts[member.account] = AccountRow(live, held, cooldown, out, _text(why), known)
+        numbers = _whole(live), _whole(held), _wait(cooldown), _wait(out)
+        accounts[member.account] = AccountRow(*numbers, _text(why), known)
     keys = {
-        fingerprint: KeyRow(out, _text(why), failures, disabled)
+        fingerprint: KeyRow(_wait(out), _text(why), _whole(failures), -1 if disabled == -1 else _wait(disabled))
         for fingerprint, (out, why, failures, disabled) in zip(op.to.fingerprints, rows[len(op.to.members) :])
     }
-    return Snapshot(_text(breaker), breaker_ms, line, [_text(name) for name in classes], accounts, keys)
+    if len(accounts) < len(op.to.members) or len(keys) < len(op.to.fingerprints):
+        raise ValueError
+    return Snapshot(
+        _text(breaker), _wait(breaker_ms), line, [_text(name) for name in classes], accounts, keys, _whole(now_ms)
+    )
+
+
+def _bands(counts: list[Any]) -> tuple[int, int, int, int]:
+    urgent, normal, low, idle = map(_whole, counts)
+    return urgent, normal, low, idle
 
 
 def _admin(op: Admin, now: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -369,12 +531,32 @@ def _admin(op: Admin, now: str) -> tuple[tuple[str, ...], list[Any]]:
     return keys, [now, op.verb, op.key, op.account, "" if op.ms is None else op.ms]
 
 
+def _attend(op: Attend, now: str) -> tuple[tuple[str, ...], list[Any]]:
+    tag = f"stable:{{{op.pool}}}"
+    keys = (f"{tag}:pool", f"{tag}:roster", *(f"{tag}:class:{name}" for name, _ in op.births))
+    births = "\n".join(birth for _, birth in op.births)
+    return keys, [now, op.worker, op.shares, op.period_ms or "", births, op.away_ms]
+
+
+def _roster(op: Attend, reply: list[Any]) -> Roster:
+    age_ms, rank, size, alike, *lost = reply
+    return Roster(
+        _whole(age_ms),
+        _whole(rank),
+        _whole(size),
+        _whole(alike) == 1,
+        tuple(op.births[number - 1][0] for number in lost),
+    )
+
+
 _Codec = tuple[str, Callable[[Any, str], tuple[tuple[str, ...], list[Any]]], Callable[[Any, Any], Any]]
 _CODECS: dict[type, _Codec] = {
-    Register: ("register", _register, lambda op, reply: Registered(_text(reply[0]), reply[1])),
+    Register: ("register", _register, _registered),
     Acquire: ("acquire", _acquire, _acquired),
-    Settle: ("settle", _settle, lambda op, reply: [Settled(c, _text(a)) for c, a in zip(reply[::2], reply[1::2])]),
-    Renew: ("renew", _renew, lambda op, reply: [code == 1 for code in reply]),
+    Settle: ("settle", _settle, _settled),
+    Renew: ("renew", _renew, _renewed),
+    Restore: ("restore", _restore, lambda op, reply: _whole(reply) == 1),
     Inspect: ("inspect", _inspect, _snapshot),
-    Admin: ("admin", _admin, lambda op, reply: reply == 1),
+    Admin: ("admin", _admin, lambda op, reply: _whole(reply) == 1),
+    Attend: ("attend", _attend, _roster),
 }

@@ -26,17 +26,22 @@ from stable_openai._ops import (
     Acquired,
     Admin,
     Ask,
+    Attend,
     Closing,
     Demand,
     Granted,
     Inspect,
+    Live,
     Member,
     NotRegistered,
     Register,
     Registration,
     Renew,
+    Restore,
     Settle,
+    Settled,
     Snapshot,
+    days_of,
 )
 from stable_openai._siblings import Siblings
 from stable_openai._verdict import Verdict
@@ -50,6 +55,8 @@ waiting_log = logging.getLogger("stable_openai.waiting")
 
 LONGEST_HOLD_MS = 900_000
 BATCH = 200
+ATTENDS_S = 5.0  # REGATHERING of lua/accounts.lua is longer
+FORGETS_S = 86_400.0  # a class that nobody has used for longer has ended by itself
 MANY_LINES = 64
 MANY_MODELS = 512  # that users name: of more, not all are remembered
 MOST_DISOWNED = 1000
@@ -70,6 +77,34 @@ class Report(NamedTuple):
 
 
 NOTHING = Report()
+
+
+class Held(NamedTuple):
+    """A live lease; `since` when it was granted or renewed last, by the drivers' clock (infinite: it is lost)."""
+
+    to: Registration
+    since: float
+    lease: Granted
+    tokens: int
+    granted_ms: int
+
+
+class Standing:
+    """What is known of a class in the store: a ring of it, what it is called there, when it last was (by the drivers'
+    clock), and what was used of each account's days."""
+
+    __slots__ = ("at", "birth", "days", "to")
+
+    def __init__(self, to: Registration, birth: str, at: float, days: dict[str, str]) -> None:
+        self.to, self.birth, self.at, self.days = to, birth, at, days
+
+    def see(self, snapshot: Snapshot) -> None:
+        """Take the days of accounts that have not been seen so far."""
+        for account, row in snapshot.accounts.items():
+            requests, tokens = (row.meters[name][0] if name in row.meters else 0 for name in ("rpd", "tpd"))
+            self.days.setdefault(account, f"{snapshot.now_ms} {requests:.17g} {tokens:.17g}")
+
+
 _inherited: list[Any] = []
 
 
@@ -91,6 +126,7 @@ class Worker:
         self.ttl_ms = round(ttl_s * 1000)
         self.headroom_s = headroom_s
         self.on_redis_down = on_redis_down
+        self.attends = False  # others share the store, and it has not left them
         self.warn_once = False
         self._warned = False
         self.class_names: set[str] = set()
@@ -116,7 +152,10 @@ class Worker:
         self.lines = {}
         self._line_numbers = itertools.count(1)
         self._why_out: tuple[float, str, dict[str, str] | None] = (-math.inf, "", None)
-        self.live: dict[str, tuple[Registration, float]] = {}
+        self.live: dict[str, Held] = {}
+        self._standings: dict[str, Standing] = {}
+        self._restoring: set[str] = set()  # classes
+        self.attend_at = math.inf  # when it attends next, by the drivers' clock
         self.pending: deque[tuple[Registration, Closing]] = deque()
         self._stuck = False  # what is pending could not be settled the last time
         self.tasks = set()
@@ -197,15 +236,79 @@ class Worker:
     def next_id(self) -> str:
         return f"{self.id}:{next(self._numbers)}"
 
-    def register(self, to: Registration) -> Steps:
+    def register(self, to: Registration) -> Generator[Any, Any, Standing]:
+        """Make a ring known; and where the store has lost its class, what is known of that."""
         now_ms = time.time_ns() // 1_000_000
         days = {zone: day_starts(zone, now_ms) for zone in to.zones}
-        _, reply = yield Register(to, self.id, days)
+        known = self._standings.get(to.model_class) or Standing(to, "", 0.0, {})
+        ago_ms = max(0, round((time.monotonic() - known.at) * 1000))
+        now, reply = yield Register(to, self.id, days, os.urandom(8).hex(), known.birth, ago_ms)
+        if reply.lost:
+            self._restoring.add(to.model_class)
+            try:
+                yield from self._restore(to, reply.birth, known.days)
+            finally:
+                self._restoring.discard(to.model_class)
         if len(self._registered) >= MANY_MODELS:  # they are registered again
             self._registered.clear()
+        _make_room(self._standings)
+        if self.attends and self.attend_at == math.inf:
+            self.attend_at = 0.0
+            heartbeat.watch(self)
+        standing = self._standings[to.model_class] = Standing(to, reply.birth, now, known.days)
         self._registered.add(to.ring)
         if reply.moved:
             log.info("limits.changed pool=%s class=%s accounts=%d", self.pool, to.model_class, reply.moved)
+        return standing
+
+    def _restore(self, to: Registration, birth: str, seen: dict[str, str]) -> Steps:
+        live = tuple(
+            Live(id, held.lease.account, held.lease.key, held.tokens, held.granted_ms)
+            for id, held in tuple(self.live.items())
+            if held.to.model_class == to.model_class
+        )
+        days = tuple(days_of(account, text) for account, text in tuple(seen.items()))
+        log.warning("state.lost pool=%s class=%s leases=%d", self.pool, to.model_class, len(live))
+        _, done = yield Restore(to, self.ttl_ms, birth, self.id, days, live)
+        if not done:
+            raise BrokerUnavailable("the store has lost what was just restored")
+
+    def attend(self, leave: bool = False) -> Steps:
+        """Be in the pool's roster; where the store has lost a class, tell it what is known here; and see all days once,
+        for the times when it is away."""
+        if not (self.attends or leave):
+            return
+        self.attend_at = math.inf if leave else time.monotonic() + ATTENDS_S
+        known = dict(self._standings)
+        _, roster = yield self.attendance(leave)
+        for name in roster.lost if self.attends else ():
+            yield from self.register(known[name].to)
+        for standing in tuple(self._standings.values()) if self.attends else ():
+            if any(member.account not in standing.days for member in standing.to.counts_days()):
+                _, snapshot = yield Inspect(standing.to, self.ttl_ms)
+                standing.see(snapshot)
+
+    def attendance(self, leave: bool = False) -> Attend:
+        import hashlib  # here, so that importing the package stays quick
+
+        accounts = sorted({key.account for key in self.keys.values()})
+        shares = hashlib.blake2b("\n".join(accounts).encode(), digest_size=8).hexdigest()
+        births = tuple(
+            (name, standing.birth)
+            for name, standing in tuple(self._standings.items())
+            if time.monotonic() - standing.at < FORGETS_S
+        )
+        return Attend(self.pool, self.id, shares, 0 if leave else round(ATTENDS_S * 1000), births)
+
+    def days_seen(self, to: Registration) -> dict[str, str]:
+        """What was used of the days of each account, as the store said last (see Granted)."""
+        standing = self._standings.get(to.model_class)
+        return {} if standing is None else dict(standing.days)
+
+    def birth_of(self, to: Registration) -> str:
+        """What a class is called in the store, as far as this worker knows."""
+        standing = self._standings.get(to.model_class)
+        return "" if standing is None else standing.birth
 
     def line(self, model: str, loop: Any) -> Line:
         """Where calls for a model wait: on an event loop, or (None) in threads."""
@@ -234,18 +337,23 @@ class Worker:
             self._warn()
         if self.pending and not self._stuck:
             yield from self.flush()
-        if to.ring not in self._registered:
-            yield from self.register(to)
-        op = Acquire(to, self.ttl_ms, asks, demand)
-        now, reply = yield op
+        standing = self._standings.get(to.model_class)
+        if standing is None or to.ring not in self._registered:
+            standing = yield from self.register(to)
+        now, reply = yield Acquire(to, self.ttl_ms, asks, demand, standing.birth)
         if type(reply) is NotRegistered:
-            yield from self.register(to)
-            now, reply = yield op
+            standing = yield from self.register(to)
+            now, reply = yield Acquire(to, self.ttl_ms, asks, demand, standing.birth)
             if type(reply) is NotRegistered:
                 raise BrokerUnavailable("the store forgets what is registered; is it evicting keys?")
-        for answer in reply.answers:
+        standing.at = now
+        for ask, answer in zip(asks, reply.answers):
             if type(answer) is Granted:
-                self.live[answer.id] = (to, now)
+                if answer.key not in self.known:  # it expires
+                    raise BrokerUnavailable("the store grants a key that nobody holds; who else writes to it?")
+                self.live[answer.id] = Held(to, now, answer, ask.tokens, reply.now_ms)
+                if answer.days:
+                    standing.days[answer.account] = answer.days
                 heartbeat.watch(self)
         return now, reply
 
@@ -302,13 +410,20 @@ class Worker:
     ) -> Generator[Any, Any, str | None]:
         """Close a lease; what cannot be closed now is closed with the next operation. Returns the store's advice; None
         where there was nothing to close."""
-        live = self.live.pop(lease.id, None)
-        if live is None:  # a parent's lease in a forked child, or one that has been settled
+        held = self.live.pop(lease.id, None)
+        if held is None:  # a parent's lease in a forked child, or one that has been settled
             return None
-        to = live[0]
+        to = held.to
         closing = self._closing(request, lease, outcome, detail, told)
         try:
-            _, replies = yield Settle(to, self.ttl_ms, (closing,))
+            _, replies = yield Settle(to, self.ttl_ms, (closing,), self.birth_of(to))
+            if type(replies) is NotRegistered:
+                self.live[lease.id] = held  # it is to be restored
+                if to.model_class in self._restoring:
+                    raise BrokerUnavailable("the store is being told what it lost")
+                yield from self.register(to)
+                self.live.pop(lease.id, None)
+                _, replies = yield Settle(to, self.ttl_ms, (closing,))
         except BaseException as error:
             self.pending.append((to, closing))  # settled twice is settled once
             if not isinstance(error, BrokerUnavailable):
@@ -316,22 +431,29 @@ class Worker:
             log.warning("settle.deferred pool=%s lease=%s", self.pool, lease.id)
             heartbeat.watch(self)
             return ""
-        if replies[0].code == 1 and live[1] < math.inf:
+        reply: Settled = replies[0]
+        if reply.code == 1 and held.since < math.inf:
             self._log_lost(closing)
-        advice = str(replies[0].advice)
+        self._note_days(to, lease.account, reply.days)
+        advice = reply.advice
         if advice == "healed":
             yield from self.wake_all(to)
         return advice
+
+    def _note_days(self, to: Registration, account: str, days: str) -> None:
+        standing = self._standings.get(to.model_class)
+        if days and standing is not None:
+            standing.days[account] = days
 
     def _log_lost(self, closing: Closing) -> None:
         log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, closing.id, self.label(closing.key))
 
     def abandon(self, request: Request, lease: Granted, outcome: str, told: Report = NOTHING) -> None:
         """Close a lease from a finaliser: the closing is only queued, and no lock is taken."""
-        live = self.live.get(lease.id)
-        if live is not None:
+        held = self.live.get(lease.id)
+        if held is not None:
             told = told._replace(organization="")  # what that may log takes a lock
-            self.pending.append((live[0], self._closing(request, lease, outcome, "", told)))
+            self.pending.append((held.to, self._closing(request, lease, outcome, "", told)))
             self.live.pop(lease.id, None)
 
     def _closing(self, request: Request, lease: Granted, outcome: str, detail: str, told: Report) -> Closing:
@@ -371,9 +493,14 @@ class Worker:
                 batch = [closing for of, closing in open_still[:BATCH] if of is to]
                 healed = False
                 try:
-                    _, replies = yield Settle(to, self.ttl_ms, tuple(batch))
+                    _, replies = yield Settle(to, self.ttl_ms, tuple(batch), self.birth_of(to))
+                    if type(replies) is NotRegistered:
+                        yield from self.register(to)
+                        _, replies = yield Settle(to, self.ttl_ms, tuple(batch))
                     healed = any(reply.advice == "healed" for reply in replies)
                     for closing, reply in zip(batch, replies):
+                        self.live.pop(closing.id, None)
+                        self._note_days(to, closing.account, reply.days)
                         if reply.code == 1:
                             self._log_lost(closing)
                 except BrokerUnavailable:
@@ -392,18 +519,21 @@ class Worker:
     def renew(self, now: float) -> Steps:
         """Extend the leases that were granted or renewed a third of their ttl ago."""
         old: dict[str, tuple[Registration, list[str]]] = {}
-        for id, (to, since) in tuple(self.live.items()):
-            if now - since >= self.ttl_ms / 3000:
-                old.setdefault(to.ring, (to, []))[1].append(id)
+        for id, held in tuple(self.live.items()):
+            if now - held.since >= self.ttl_ms / 3000:
+                old.setdefault(held.to.ring, (held.to, []))[1].append(id)
         for to, ids in old.values():
             for first in range(0, len(ids), BATCH):
                 batch = ids[first : first + BATCH]
-                _, renewed = yield Renew(to, self.ttl_ms, LONGEST_HOLD_MS, tuple(batch))
+                _, renewed = yield Renew(to, self.ttl_ms, LONGEST_HOLD_MS, tuple(batch), self.birth_of(to))
+                if type(renewed) is NotRegistered:
+                    yield from self.register(to)  # which restores them
+                    renewed = [True] * len(batch)
                 for id, alive in zip(batch, renewed):
-                    if alive and id in self.live:
-                        self.live[id] = (to, now)
-                    elif id in self.live:  # kept until it is settled, and no longer renewed
-                        self.live[id] = (to, math.inf)
+                    known = self.live.get(id)
+                    if known is not None:  # what is lost is kept until it is settled, and no longer renewed
+                        self.live[id] = known._replace(since=now if alive else math.inf)
+                    if known is not None and not alive:
                         log.warning("lease.lost pool=%s lease=%s", self.pool, id)
 
     def inspect_registration(self, to: Registration) -> Generator[Any, Any, tuple[Registration, Snapshot]]:

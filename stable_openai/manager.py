@@ -13,7 +13,7 @@ from stable_openai._drive import adrive, drive
 from stable_openai._heartbeat import heartbeat
 from stable_openai._keys import Key, as_keys
 from stable_openai._lease import Lease
-from stable_openai._limits import Limits
+from stable_openai._limits import MOST, Limits
 from stable_openai._verdict import Verdict
 from stable_openai._waiter import BANDS, Request, Waiting
 from stable_openai._worker import Steps, Worker, runs_under_a_forking_server
@@ -43,7 +43,8 @@ class KeyManager:
         pool: the pool's name; managers of one pool on one Redis share its limits.
         limits: the limits of each account for each class of models.
         models: limits by class; a name or a pattern such as "gpt-4o*".
-        on_redis_down: "raise", "wait" (within max_wait) or "local" (until its own part is built, the same as "wait").
+        on_redis_down: "local": go on in memory with this worker's share of the keys (once it is known; until then calls
+            wait), "wait" (within max_wait) or "raise" (BrokerUnavailable at once).
         lease_ttl: seconds after which the slots of a worker that died come back.
         max_wait: how long, in seconds, a call waits for a key before it raises Exhausted.
         headroom_s: the time in which requests may overtake each other on their way to the upstream.
@@ -126,7 +127,13 @@ class KeyManager:
         else:
             from stable_openai.backends.redis import RedisBackend
 
-            self._backend = RedisBackend(redis, ttl_s=lease_ttl)
+            hasty, attempts = on_redis_down != "wait", 2 if on_redis_down == "raise" else 0
+            self._backend = RedisBackend(redis, ttl_s=lease_ttl, hasty=hasty, attempts=attempts)
+            self._worker.attends = True
+            if on_redis_down == "local":
+                from stable_openai.backends.failover import FailoverBackend
+
+                self._backend = FailoverBackend(self._backend, self._worker)
         self._worker.run = self._do
         self._worker.on_wait = on_wait
         self._mutex = threading.Lock()
@@ -136,14 +143,10 @@ class KeyManager:
             _made.add(self)
 
     def __repr__(self) -> str:
-        return f"KeyManager(pool={self.pool!r}, keys={len(self._worker.keys)}, backend={self._kind!r})"
+        return f"KeyManager(pool={self.pool!r}, keys={len(self._worker.keys)}, backend={self._backend.kind!r})"
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("a KeyManager is not pickled: it holds secrets; make one in each process")
-
-    @property
-    def _kind(self) -> str:
-        return "memory" if self._backend.local else "redis"
 
     def _do(self, steps: Steps) -> Any:
         return drive(steps, self._worker, self._backend)
@@ -183,7 +186,9 @@ class KeyManager:
             from stable_openai._affinity import favourites
 
             wanted = favourites(affinity, to)
-        return Request(model, tokens or 0, self.max_wait if max_wait is None else max_wait, priority, wanted, prompt)
+        return Request(
+            model, min(tokens or 0, MOST), self.max_wait if max_wait is None else max_wait, priority, wanted, prompt
+        )
 
     def lease(
         self,
@@ -217,7 +222,7 @@ class KeyManager:
 
         worker = self._worker
         if not worker.keys:
-            return Status(self.pool, self._kind, "", 0.0, ())
+            return Status(self.pool, self._backend.kind, "", 0.0, ())
         if not worker.registrations():
             worker.registration(NO_MODEL)
         seen = []
@@ -226,7 +231,7 @@ class KeyManager:
         _, snapshot = seen[0]
         keys = key_states(worker, seen)
         line = line_states(worker, seen)
-        return Status(self.pool, self._kind, snapshot.breaker, snapshot.breaker_ms / 1000, keys, line)
+        return Status(self.pool, self._backend.kind, snapshot.breaker, snapshot.breaker_ms / 1000, keys, line)
 
     def status(self) -> Status:
         """A snapshot of the pool: each key's state, why, for how long, what is used of its limits; and who waits."""
@@ -320,6 +325,7 @@ class KeyManager:
         await self._backend.aclose()
 
     def _leave(self) -> None:
+        self._worker.attends, self._worker.attend_at = False, math.inf
         with _registry:
             if self in _open:
                 _open.remove(self)

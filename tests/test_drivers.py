@@ -511,7 +511,7 @@ def test_a_pool_leaves_nothing_behind_when_it_is_idle(redis_url: str) -> None:
     manager.status()
     with redis.Redis.from_url(redis_url) as client:
         names = list(client.scan_iter("stable:{test-idle}*"))
-        assert len(names) == 5
+        assert len(names) >= 5  # and the roster, where it has attended
         assert all(client.pttl(name) > 3_600_000 for name in names)
     manager.close()
 

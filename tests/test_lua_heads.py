@@ -20,7 +20,7 @@ from stable_openai.backends.redis import script
 LUA = Path(__file__).resolve().parents[1] / "lua"
 FILES = sorted(path.stem for path in LUA.glob("*.lua"))
 VERBS = [name for name in FILES if re.search(r"^-- KEYS ", (LUA / f"{name}.lua").read_text(), re.MULTILINE)]
-LONGEST = 110
+LONGEST = 120
 
 # What Redis gives to a script: https://redis.io/docs/latest/develop/programmability/lua-api/
 GIVEN = frozenset([

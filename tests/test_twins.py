@@ -29,16 +29,20 @@ from stable_openai._ops import (
     Admin,
     Ask,
     Closing,
+    Days,
     Demand,
     Granted,
     Inspect,
+    Live,
     Member,
     NotRegistered,
     Refused,
     Register,
     Registration,
     Renew,
+    Restore,
     Settle,
+    Spent,
 )
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
@@ -276,7 +280,7 @@ class Twins(RuleBasedStateMachine):
         for ask, answer in zip(made, reply.answers):
             if isinstance(answer, Granted) and all(held.ask.id != ask.id for held in self.held):
                 self.take(ask, answer)
-            elif isinstance(answer, Refused):
+            elif isinstance(answer, Refused) and answer.wait_ms < 10**12:  # years that can be named
                 self.deadlines.append(self.now + answer.wait_ms)
 
     def check_slots(self, account: str) -> None:
@@ -385,6 +389,52 @@ class Twins(RuleBasedStateMachine):
         closing = Closing(f"late:{id}", "x", "x", "gpt", "ok")
         self.both(Settle(self.to, TTL, (closing,)))
         self.both(Acquire(self.to, TTL, (Ask(f"late:{id}", 1, "gpt"),)))
+
+    @precondition(lambda self: not self.went_back)
+    @rule(ago_ms=st.sampled_from([0, 1000, 3_600_000, 86_400_000]))
+    def register_after_a_loss(self, ago_ms: int) -> None:
+        """Who knew the class as another one says so: then less is granted than would be, and never more."""
+        reply = self.both(Register(self.to, "epoch", {}, "new", "old", ago_ms))
+        assert (reply.birth, reply.lost) == ("", ago_ms < 86_400_000)
+
+    @rule(
+        data=st.data(),
+        birth=st.sampled_from(["", "", "", "other"]),
+        live=st.lists(st.integers(1, 60), max_size=3),
+        number=st.integers(0, 5),
+        spent=st.lists(st.tuples(*[st.integers(0, 3)] * 4), max_size=2),
+        seen=st.lists(st.tuples(st.integers(0, 100_000_000), st.integers(0, 400), st.integers(0, 3000)), max_size=2),
+    )
+    def restore(
+        self,
+        data: st.DataObject,
+        birth: str,
+        live: list[int],
+        number: int,
+        spent: list[tuple[int, int, int, int]],
+        seen: list[tuple[int, int, int]],
+    ) -> None:
+        """Twice is once; what is restored takes from what may be granted, and gives nothing."""
+        member = data.draw(st.sampled_from(self.members))
+        account, key = member.account, member.keys[0][0]
+        days = tuple(Days(account, self.now - ago, requests, tokens) for ago, requests, tokens in seen)
+        leases = tuple(Live(f"r:{n}", account, key, n, self.now - n) for n in live)
+        op = Restore(self.to, TTL, birth, "w", days, leases, tuple(Spent(account, *row) for row in spent), number)
+        assert self.both(op) == (birth == "")
+        before = self.both(Inspect(self.to, TTL)).accounts[account]
+        self.both(op)
+        after = self.both(Inspect(self.to, TTL)).accounts[account]
+        assert (after.live, after.held, after.meters) == (before.live, before.held, before.meters)
+
+    @rule(birth=st.sampled_from(["other"]))
+    def come_with_another_birth(self, birth: str) -> None:
+        asks = (Ask(f"other:{self.number}", 1, "gpt"),)
+        for op in (
+            Acquire(self.to, TTL, asks, None, birth),
+            Settle(self.to, TTL, (Closing("w:1", "x", "x", "gpt", "ok"),), birth),
+            Renew(self.to, TTL, LONGEST, ("w:1",), birth),
+        ):
+            assert isinstance(self.both(op), NotRegistered)
 
     @rule()
     def renew(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from stable_openai._ops import LARGE, Acquire, Answer, Ask, Gone, Granted, Member, Refused, TooLarge
 from stable_openai.backends.line import Line, Slot
 from stable_openai.backends.meters import POLL
-from stable_openai.backends.state import EXAMINED, LIVE, NEVER, ModelClass, Pool, Ring
+from stable_openai.backends.state import EXAMINED, LIVE, NEVER, UNHEARD, ModelClass, Pool, Ring
 
 if TYPE_CHECKING:
     from stable_openai.backends.memory import MemoryBackend
@@ -115,8 +115,11 @@ class Asking:
             if self.line:
                 self.line.left[band] -= 1
             return Gone()
-        if lease:
-            lease.expires = self.pool.now + self.op.ttl_ms  # who asks again has not had it so far
+        if lease and self.pool.now - lease.granted >= UNHEARD:
+            self.backend.refund(self.known, lease)  # who asks again has not had it so far
+            del self.known.leases[ask.id]
+        elif lease:
+            lease.expires = self.pool.now + self.op.ttl_ms
             self.known.watch(ask.id, lease.expires)
             if self.line:
                 self.line.served(band, ask.tokens, ask.model)

@@ -9,7 +9,8 @@ or stops next. To end the pop, `stop` sends CLIENT UNBLOCK on another connection
 pop's reply: nil, or the wake that came just then. The server may read CLIENT UNBLOCK before the pop itself (they
 travel on two connections) and answers 0 then: it is sent again until the pop has its reply. Where CLIENT UNBLOCK is
 refused (it stands in the ACL categories @admin and @dangerous) the connection's sending half is closed instead, and
-what was on its way is read to the end: best effort, for the server may pop for a client that it is about to drop.
+what was on its way is read to the end: best effort, for the server may pop for a client that it is about to drop. A
+server that is silent then is not waited for.
 
 **Threads** have no reader of their own: the one who waits watches the connection and one end of a socket pair, into
 whose other end `nudge` writes. It reads only once bytes are there, and then with little patience, since they may be a
@@ -49,8 +50,11 @@ _Selector: Any = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 def _hops(reply: Any) -> int | None:
-    """What BLPOP answers is [key, element], or nil for a client that was unblocked."""
-    return None if reply is None else int(reply[1])
+    """What BLPOP answers is [key, element], or nil for a client that was unblocked. No number: for nobody else."""
+    if reply is None:
+        return None
+    hops = str(reply[1])
+    return int(hops) if hops.isdecimal() and len(hops) < 10 else 0
 
 
 class Listener:
@@ -166,7 +170,7 @@ class Listener:
     def _unblock(self) -> bool:
         try:
             return bool(self._server.execute_command("CLIENT UNBLOCK", self._id))
-        except redis.RedisError:
+        except redis.ResponseError:
             self.broken = True
             self._socket.shutdown(socket.SHUT_WR)
             return True
@@ -285,7 +289,7 @@ class AsyncListener:
     async def _unblock(self) -> bool:
         try:
             return bool(await self._server.execute_command("CLIENT UNBLOCK", self._id))
-        except redis.RedisError:
+        except redis.ResponseError:
             self.broken = True
             self._connection._writer.write_eof()
             return True

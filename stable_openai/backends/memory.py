@@ -29,6 +29,7 @@ from stable_openai._ops import (
     Register,
     Registered,
     Renew,
+    Restore,
     Settle,
     Settled,
     Snapshot,
@@ -36,9 +37,10 @@ from stable_openai._ops import (
 from stable_openai.backends.asking import Asking
 from stable_openai.backends.learning import declare, forget, learn
 from stable_openai.backends.line import valid
-from stable_openai.backends.meters import POLL, Calendar
+from stable_openai.backends.meters import POLL, Calendar, use_up_to
 from stable_openai.backends.scopes import KeyScope, conclude
 from stable_openai.backends.state import (
+    DAY,
     EXPIRED,
     LIVE,
     NEVER,
@@ -59,13 +61,16 @@ class MemoryBackend:
 
     Args:
         clock: the time in ms since 1970; tests hand in their own.
+        alone: no other worker is waited for where something was lost.
 
     `on_wake` is called with a class of models when something was freed that somebody waits for.
     """
 
     local = True
+    kind = "memory"
 
-    def __init__(self, clock: Callable[[], int] | None = None) -> None:
+    def __init__(self, clock: Callable[[], int] | None = None, alone: bool = False) -> None:
+        self._alone = alone
         self._clock = clock or (lambda: time.time_ns() // 1_000_000)
         self.on_wake: Callable[[str], object] | None = None
         self._mutex = threading.Lock()
@@ -74,6 +79,7 @@ class MemoryBackend:
             Acquire: self._acquire,
             Settle: self._settle,
             Renew: self._renew,
+            Restore: self._restore,
             Register: self._register,
             Inspect: self._inspect,
             Admin: self._admin,
@@ -109,11 +115,11 @@ class MemoryBackend:
     def _register(self, op: Register) -> Registered:
         pool, to = self._pool, op.to
         if pool is None:
-            pool = self._pool = Pool(op.epoch, self._clock())
+            pool = self._pool = Pool(op.epoch, self._clock(), self._alone)
         pool.days.update(op.days)
         known = pool.classes.get(to.model_class)
         if known is None:
-            known = pool.classes[to.model_class] = ModelClass(to.quotas[0])
+            known = pool.classes[to.model_class] = ModelClass(to.quotas[0], op.birth)
         moved = 0
         ring = known.rings.setdefault(to.ring, Ring(pool.revision))
         for member in to.members:
@@ -133,7 +139,12 @@ class MemoryBackend:
             pool.revision += 1
             pool.wake(known)
         ring.seen = pool.revision
-        return Registered(pool.epoch, moved)
+        lost = op.known not in ("", known.birth) and op.ago_ms < DAY
+        if lost and known.lost is None:
+            known.lost = pool.now
+            for account in known.accounts.values():  # who knew nothing may have been here first
+                account.drain(pool)
+        return Registered(pool.epoch, moved, known.birth, lost)
 
     def _reap(self, known: ModelClass, ttl: int) -> None:
         pool = self._pool
@@ -191,7 +202,7 @@ class MemoryBackend:
                     if not loose:
                         at, why, loose = max(at, now + POLL), METERS[number], True
                 elif time > at:
-                    at, why = time, METERS[number]
+                    at, why = min(time, NEVER - 2), METERS[number]
                 calendar = calendar or type(meter) is Calendar
             if at == before or not calendar:
                 break
@@ -207,7 +218,7 @@ class MemoryBackend:
         pool, to = self._pool, op.to
         known = pool.classes.get(to.model_class) if pool else None
         ring = known.rings.get(to.ring) if known else None
-        if pool is None or known is None or ring is None:
+        if pool is None or known is None or ring is None or op.birth != known.birth:
             return NotRegistered()
         if known.due is not None and pool.now >= known.due:
             self._reap(known, op.ttl_ms)
@@ -291,11 +302,13 @@ class MemoryBackend:
             ring.index.put(name, at)
         elif before >= now + 1 or account.turn % member.weight == 0:
             ring.index.put(name, self.back(pool, account, member.weight))
-        return Granted(ask.id, key, name)
+        return Granted(ask.id, key, name, account.days_seen(now))
 
-    def _settle(self, op: Settle) -> list[Settled]:
+    def _settle(self, op: Settle) -> NotRegistered | list[Settled]:
         pool, to = self._pool, op.to
         known = pool.classes.get(to.model_class) if pool else None
+        if op.birth and (known is None or op.birth != known.birth):
+            return NotRegistered()
         if pool is None or known is None:
             return [Settled(2, "") for _ in op.closings]
         self._reap(known, op.ttl_ms)
@@ -318,8 +331,7 @@ class MemoryBackend:
         lease = known.leases.get(closing.id)
         if lease is None or lease.state == TOMB:
             if lease is None:
-                known.leases[closing.id] = Lease(TOMB, 0, 0, 0, False, "", "", 0)
-                known.watch(closing.id, pool.now + 2 * ttl)
+                self._bury(known, closing.id, ttl)
             return Settled(2, "")
         if lease.state == LIVE and lease.expires <= pool.now:
             self._expire(known, [closing.id], ttl)
@@ -336,9 +348,17 @@ class MemoryBackend:
         if closing.seen and closing.outcome != "unsent":
             account = known.touch(lease.account, pool)
             learn(pool, account, lease, closing.seen, lambda: self._earliest(known, account, 0)[0])
-        del known.leases[closing.id]
-        known.expiry.drop(closing.id)
-        return Settled(int(late), conclude(pool, known, index, key_count, closing, lease))
+        if known.lost is not None and known.lost + 2 * ttl > pool.now:
+            self._bury(known, closing.id, ttl)  # a restore of it may still be on its way
+        else:
+            del known.leases[closing.id]
+            known.expiry.drop(closing.id)
+        days = known.look(lease.account, pool).days_seen(pool.now)
+        return Settled(int(late), conclude(pool, known, index, key_count, closing, lease), days)
+
+    def _bury(self, known: ModelClass, id: str, ttl: int) -> None:
+        known.leases[id] = Lease(TOMB, 0, 0, 0, False, "", "", 0)
+        known.watch(id, self._pool.now + 2 * ttl)  # type: ignore[union-attr]
 
     def _count(self, pool: Pool, known: ModelClass, index: Index, lease: Lease, closing: Closing) -> None:
         unsent, tokens = closing.outcome == "unsent", closing.tokens
@@ -346,25 +366,30 @@ class MemoryBackend:
         quota = account.quota
         sooner = unsent or (quota[0] and account.live >= quota[0]) or account.held > 0
         pool.freed += bool(sooner or quota[0])
-        self._close(known, lease, 0 if unsent else lease.tokens if tokens is None else tokens)
-        for number, meter in enumerate(account.meters):
-            if meter is None or (number > 1 and quota[1]):
-                continue
-            if lease.granted < account.learned.get(number, 0):
-                continue  # before the limit was learned: it was not charged
-            if unsent:
-                meter.amend(-lease.tokens if number > 1 else -1, lease.granted, pool.now)
-            elif number > 1 and tokens is not None and tokens > lease.tokens:
-                meter.amend(tokens - lease.tokens, lease.granted, pool.now)
+        if unsent:
+            self.refund(known, lease)
+        else:
+            self._close(known, lease, lease.tokens if tokens is None else tokens)
+            for number, meter in account.charged(lease):
+                if number > 1 and tokens is not None and tokens > lease.tokens:
+                    meter.amend(tokens - lease.tokens, lease.granted, pool.now)
         if sooner:
             at = self._earliest(known, account, 0)[0]
             at = 0 if at <= pool.now else at
             if at < index.scores.get(lease.account, -1):
                 index.put(lease.account, at)
 
-    def _renew(self, op: Renew) -> list[bool]:
+    def refund(self, known: ModelClass, lease: Lease) -> None:
+        """A lease ends of which nothing was used."""
+        account = self._close(known, lease, 0)
+        for number, meter in account.charged(lease):
+            meter.amend(-lease.tokens if number > 1 else -1, lease.granted, self._pool.now)  # type: ignore[union-attr]
+
+    def _renew(self, op: Renew) -> NotRegistered | list[bool]:
         pool = self._pool
         known = pool.classes.get(op.to.model_class) if pool else None
+        if op.birth and (known is None or op.birth != known.birth):
+            return NotRegistered()
         if pool is None or known is None:
             return [False for _ in op.ids]
         self._reap(known, op.ttl_ms)
@@ -383,6 +408,35 @@ class MemoryBackend:
                             scope.probe_until = lease.expires
             renewed.append(alive)
         return renewed
+
+    def _restore(self, op: Restore) -> bool:
+        pool = self._pool
+        known = pool.classes.get(op.to.model_class) if pool else None
+        if pool is None or known is None or op.birth != known.birth:
+            return False
+        self._reap(known, op.ttl_ms)
+        for name, at, *used in op.days:
+            account = known.touch(name, pool)
+            for meter, n in zip(account.meters[1::2], used):
+                if meter:
+                    use_up_to(meter, meter.still(n, at, pool.now), pool.now)
+        for id, name, key, tokens, granted in op.live:
+            if id not in known.leases:
+                account = known.touch(name, pool)
+                account.live += 1
+                if account.quota[1]:
+                    account.held += tokens
+                    account.ever_held += tokens
+                let_go, expires = account.ever_held - account.held, pool.now + op.ttl_ms
+                known.leases[id] = Lease(LIVE, tokens, granted, expires, False, name, key, let_go)
+                known.watch(id, expires)
+        if op.spent and known.restored.get(op.worker, -1) < op.number:
+            known.restored[op.worker] = op.number
+            for name, *spent in op.spent:
+                for meter, n in zip(known.touch(name, pool).meters, spent):
+                    if meter and n > 0:
+                        meter.charge(n, pool.now)
+        return True
 
     def _inspect(self, op: Inspect) -> Snapshot:
         pool, to = self._pool, op.to
@@ -425,7 +479,7 @@ class MemoryBackend:
         ]
         breaker_ms = left(breaker.until) if breaker else 0
         classes = list(pool.classes) if pool else []
-        return Snapshot(breaker.reason if breaker else "", breaker_ms, line, classes, accounts, keys)
+        return Snapshot(breaker.reason if breaker else "", breaker_ms, line, classes, accounts, keys, now)
 
     def _admin(self, op: Admin) -> bool:
         pool = self._pool

@@ -13,7 +13,7 @@ from typing import Any
 
 from stable_openai._limits import BUCKET, SLIDING, Quota
 
-__all__ = ["POLL", "Bucket", "Calendar", "Meter", "Sliding", "make_meter"]
+__all__ = ["POLL", "Bucket", "Calendar", "Meter", "Sliding", "drain", "make_meter", "use_up_to"]
 
 POLL = 5000
 LOG = 100
@@ -62,6 +62,10 @@ class Bucket:
         left += self.rate * max(0, now - granted)
         if left < level:
             self.level, self.at = left, at
+
+    def still(self, n: float, at: int, now: int) -> float:
+        """How much of what was used at a time still counts."""
+        return max(0, n - self.rate * max(0, now - at))
 
     def used(self, now: int) -> float:
         """What is used of the limit now; looking changes nothing."""
@@ -141,6 +145,9 @@ class Sliding:
             if self.sum == before:  # the grant has no entry
                 self.charge(missing, now)
 
+    def still(self, n: float, at: int, now: int) -> float:
+        return n if at + self.period > now else 0
+
     def used(self, now: int) -> float:
         return sum(amount for time, amount in self.entries if time + self.period > now)
 
@@ -195,6 +202,10 @@ class Calendar:
         if missing > 0 and granted + base >= self.start + self.headroom:
             self.amend(missing, granted, now)
 
+    def still(self, n: float, at: int, now: int) -> float:
+        current = self.window(now)
+        return n if current and current == self.window(at) else 0
+
     def used(self, now: int) -> float:
         current = self.window(now)
         return 0 if current and self._is_others(current[0]) else self.taken
@@ -212,6 +223,18 @@ def _in_rounds(meter: Sliding | Calendar, need: int, at: int, now: int, period: 
 
 
 Meter = Bucket | Sliding | Calendar
+
+
+def use_up_to(meter: Meter, n: float, now: int) -> None:
+    """Charge what is missing of so much."""
+    missing = n - meter.used(now)
+    if missing > 0:
+        meter.charge(missing, now)  # type: ignore[arg-type]  # of windows it is whole
+
+
+def drain(meter: Meter, now: int) -> None:
+    """Nothing is left of it."""
+    use_up_to(meter, meter.capacity if isinstance(meter, Bucket) else meter.limit, now)
 
 
 def make_meter(quota: Quota, number: int, pool: Any) -> Meter | None:

@@ -36,13 +36,14 @@ import redis.sentinel
 from redis.backoff import NoBackoff
 
 from stable_openai._loops import PerLoop
-from stable_openai._ops import Registration, Renew, decode, encode
+from stable_openai._ops import Register, Registration, Renew, decode, encode
 from stable_openai.backends.listener import AsyncListener, Listener
 from stable_openai.errors import BrokerUnavailable, ConfigurationError
 
 __all__ = ["RedisBackend", "script"]
 
-TIMEOUT_S = 2.0
+OLD = "OLD"  # what lua/register.lua says
+TIMEOUT_S, HASTY_S = 2.0, 0.3
 CONNECTIONS = 64
 _inherited: list[Any] = []
 LISTENERS = 32
@@ -84,6 +85,8 @@ class RedisBackend:
     Args:
         where: a URL, or a redis-py client: plain, one that a Sentinel made, or a RedisCluster.
         ttl_s: a lease's ttl in seconds; a command is repeated for at most half of it.
+        hasty: whether to wait for a reply for 0.3 s, and not for 2 s.
+        attempts: how often an operation is tried at most; 0: as long as there is patience.
         now: tests hand in the time, in ms since 1970; otherwise the server's clock decides.
 
     A URL or a plain client is only read for its settings: the connections are the backend's own, one pool for
@@ -91,23 +94,33 @@ class RedisBackend:
     """
 
     local = False
+    kind = "redis"
 
-    def __init__(self, where: Any, *, ttl_s: float = 60.0, now: Callable[[], int] | None = None) -> None:
-        self._make = _factory(where)
-        self._patience_s = ttl_s / 2
+    def __init__(
+        self,
+        where: Any,
+        *,
+        ttl_s: float = 60.0,
+        hasty: bool = False,
+        attempts: int = 0,
+        now: Callable[[], int] | None = None,
+    ) -> None:
+        self._make = _factory(where, HASTY_S if hasty else TIMEOUT_S)
+        self._patience_s, self._attempts = ttl_s / 2, attempts
         self._now: Callable[[], str] = (lambda: str(now())) if now else str
         self._mutex = threading.Lock()
         self._client: Any = None
         self._clients = PerLoop(lambda: self._make(redis.asyncio), _aclose)
         self._listeners: WeakSet[Listener | AsyncListener] = WeakSet()  # each holds one of the connections
 
-    def run(self, op: Any) -> Any:
-        """The reply to an operation. Raises BrokerUnavailable when Redis cannot be reached in time."""
+    def run(self, op: Any, attempts: int = 0) -> Any:
+        """The reply to an operation. Raises BrokerUnavailable when Redis cannot be reached in time, or (0: for as long
+        as there is patience) with so many attempts."""
         client = self._client or self._connect()
         verb, keys, args = encode(op, self._now())
         text, sha = script(verb)
         started = time.monotonic()
-        for pause in self._pauses(op, started):
+        for pause in self._pauses(op, attempts, started):
             if pause:
                 time.sleep(pause)
             try:
@@ -121,15 +134,17 @@ class RedisBackend:
                     break
             else:
                 return decode(op, reply)
-        raise unavailable(problem) from problem
+        if type(op) is Register and _says_old(problem):
+            self._refuse_if_old(problem)
+        raise unavailable(problem) from cause_of(problem)
 
-    async def arun(self, op: Any) -> Any:
+    async def arun(self, op: Any, attempts: int = 0) -> Any:
         """The same on the running event loop."""
         client = self._clients.get()
         verb, keys, args = encode(op, self._now())
         text, sha = script(verb)
         started = time.monotonic()
-        for pause in self._pauses(op, started):
+        for pause in self._pauses(op, attempts, started):
             if pause:
                 await asyncio.sleep(pause)
             try:
@@ -143,7 +158,9 @@ class RedisBackend:
                     break
             else:
                 return decode(op, reply)
-        raise unavailable(problem) from problem
+        if type(op) is Register and _says_old(problem):
+            await asyncio.to_thread(self._refuse_if_old, problem)
+        raise unavailable(problem) from cause_of(problem)
 
     def listen(self, to: Registration) -> Listener | None:
         """What wakes a thread that waits for leases of a class; None where Redis cannot be reached now, or enough
@@ -165,9 +182,9 @@ class RedisBackend:
         self._listeners.add(listener)
         return listener
 
-    def _pauses(self, op: Any, started: float) -> Iterator[float]:
+    def _pauses(self, op: Any, attempts: int, started: float) -> Iterator[float]:
         # The heartbeat renews again soon, and others wait for it.
-        for pause in PAUSES_S[:1] if type(op) is Renew else PAUSES_S:
+        for pause in PAUSES_S[: attempts or self._attempts or None] if type(op) is not Renew else PAUSES_S[:1]:
             if time.monotonic() + pause - started < self._patience_s:
                 yield pause
 
@@ -177,8 +194,26 @@ class RedisBackend:
                 try:
                     self._client = self._make(redis)
                 except redis.exceptions.RedisClusterException as error:  # only a cluster's client connects when made
-                    raise unavailable(error) from error
+                    problem = error
+                else:
+                    return self._client
+                raise unavailable(problem) from cause_of(problem)
             return self._client
+
+    def _refuse_if_old(self, problem: Exception) -> None:
+        """Raise ConfigurationError, with the server's version if it says that: no wait makes it younger."""
+        version = ""
+        with suppress(Exception):
+            client = self._make(redis)
+            pool = client.connection_pool  # RESP2 is all that a server before Redis 6 speaks
+            known = {name: value for name, value in pool.connection_kwargs.items() if not name.startswith("maint_")}
+            pool.connection_kwargs = {**known, "protocol": 2}
+            with client:
+                version = str(client.info("server")["redis_version"])
+        if str(problem) == OLD or version[:2] in ("2.", "3.", "4.", "5."):  # a proxy may know no greeting, either
+            raise ConfigurationError(
+                "redis", f"the server is {version or 'too old'}; the oldest Redis that works is 6.2"
+            )
 
     def close(self) -> None:
         """Close the connections of threads."""
@@ -214,31 +249,51 @@ def _sentinels_of(client: Any) -> list[Any]:
     return [] if manager is None else list(manager.sentinels)
 
 
+def is_passing(error: BaseException | None) -> bool:
+    """Whether what redis-py raised says that Redis is away, or about to come back; not that we may not use it."""
+    lasting = (redis.exceptions.AuthenticationError, redis.exceptions.AuthorizationError)  # which are ConnectionErrors
+    return isinstance(error, PASSING) and not isinstance(error, lasting)
+
+
 def unavailable(error: Exception) -> BrokerUnavailable:
     """What went wrong, without redis-py's own words (a URL may hold a password); a server's words say what it lacks."""
-    said = f": {error!s:.200}" if isinstance(error, redis.ResponseError) else ""
+    said = f": {str(error).partition(', with args')[0]:.200}" if isinstance(error, redis.ResponseError) else ""
     return BrokerUnavailable(f"Redis does not serve the broker ({type(error).__name__}{said})")
 
 
-def _factory(where: Any) -> Callable[[Any], Any]:
+def cause_of(error: Exception) -> Exception | None:
+    """The error, to be raised from; not where it repeats the command (a greeting holds the password)."""
+    link: BaseException | None = error
+    while link is not None and "with args" not in str(link):
+        link = link.__cause__ or link.__context__
+    return error if link is None else None
+
+
+def _says_old(problem: Exception) -> bool:
+    """Whether lua/register.lua found the server to be too old; or maybe that it does not know redis-py's greeting."""
+    said = str(problem)
+    return isinstance(problem, redis.ResponseError) and (said == OLD or ("unknown command" in said and "HELLO" in said))
+
+
+def _factory(where: Any, timeout_s: float) -> Callable[[Any], Any]:
     """How to make a client of our own: a function that takes the namespace, `redis` or `redis.asyncio`."""
     if isinstance(where, str):
         try:
             parsed = redis.ConnectionPool.from_url(where)
             parsed.make_connection()  # not connected: it only says whether the settings are known
-            return _to_server(parsed)
-        except (ValueError, TypeError):
+            return _to_server(parsed, timeout_s)
+        except (ValueError, TypeError, LookupError, AttributeError, redis.RedisError):
             raise ConfigurationError("redis", "cannot be parsed; write it as 'redis://host:6379/0'") from None
     nodes = getattr(where, "nodes_manager", None)
     if nodes is not None:
-        return _to_cluster(nodes)
+        return _to_cluster(nodes, timeout_s)
     pool = getattr(where, "connection_pool", None)
     if pool is None:
         raise ConfigurationError("redis", "must be a URL or a redis-py client")
-    return _to_sentinel(pool) if hasattr(pool, "sentinel_manager") else _to_server(pool)
+    return (_to_sentinel if hasattr(pool, "sentinel_manager") else _to_server)(pool, timeout_s)
 
 
-def _own(settings: dict[str, Any], namespace: Any) -> dict[str, Any]:
+def _own(settings: dict[str, Any], namespace: Any, timeout_s: float) -> dict[str, Any]:
     """A user's settings with our own retries, and a timeout that is not longer than ours."""
     dropped = ("retry", "retry_on_error", "retry_on_timeout", "connection_pool", "event_dispatcher", "himport_registry")
     kept = {  # (redis.asyncio does not know all of TLS' settings, not even unset)
@@ -247,26 +302,27 @@ def _own(settings: dict[str, Any], namespace: Any) -> dict[str, Any]:
         if name not in dropped and (value or not name.startswith("ssl_") or name in SAY_NO)
     }
     for name in ("socket_timeout", "socket_connect_timeout"):
-        kept[name] = min(kept.get(name) or TIMEOUT_S, TIMEOUT_S)
+        kept[name] = min(kept.get(name) or timeout_s, timeout_s)
     retry = (redis.retry.Retry if namespace is redis else redis.asyncio.retry.Retry)(NoBackoff(), 0)
     retry.update_supported_errors([redis.exceptions.ReadOnlyError])  # which is to end the connection, too
-    return {**kept, "decode_responses": True, "retry": retry}
+    # (What is no UTF-8 is to be told as a reply that is none of ours, not as an error of a codec's.)
+    return {**kept, "decode_responses": True, "encoding": "utf-8", "encoding_errors": "replace", "retry": retry}
 
 
-def _to_server(pool: Any) -> Callable[[Any], Any]:
+def _to_server(pool: Any, timeout_s: float) -> Callable[[Any], Any]:
     def make(namespace: Any) -> Any:
         made = namespace.BlockingConnectionPool(
             connection_class=getattr(namespace.connection, pool.connection_class.__name__),
             max_connections=CONNECTIONS,
             timeout=TIMEOUT_S,
-            **_own(pool.connection_kwargs, namespace),
+            **_own(pool.connection_kwargs, namespace, timeout_s),
         )
         return namespace.Redis.from_pool(made)
 
     return make
 
 
-def _to_sentinel(pool: Any) -> Callable[[Any], Any]:
+def _to_sentinel(pool: Any, timeout_s: float) -> Callable[[Any], Any]:
     manager = pool.sentinel_manager
     addresses = [sentinel.connection_pool.connection_kwargs for sentinel in manager.sentinels]
     ssl = issubclass(pool.connection_class, (redis.SSLConnection, redis.asyncio.SSLConnection))
@@ -277,9 +333,9 @@ def _to_sentinel(pool: Any) -> Callable[[Any], Any]:
             [(address["host"], address["port"]) for address in addresses],
             min_other_sentinels=manager.min_other_sentinels,
             force_master_ip=manager._force_master_ip,
-            sentinel_kwargs=_own(manager.sentinel_kwargs, namespace),
+            sentinel_kwargs=_own(manager.sentinel_kwargs, namespace, timeout_s),
         )
-        settings = _own(pool.connection_kwargs, namespace)
+        settings = _own(pool.connection_kwargs, namespace, timeout_s)
         return sentinel.master_for(pool.service_name, connection_pool_class=kinds[1], ssl=ssl, **settings)
 
     return make
@@ -343,7 +399,7 @@ class _AsyncPool(redis.asyncio.sentinel.SentinelConnectionPool):
         await super().release(connection)
 
 
-def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
+def _to_cluster(nodes: Any, timeout_s: float) -> Callable[[Any], Any]:
     kind = nodes.connection_kwargs.get("connection_class") or redis.Connection  # a rediss:// URL says TLS by that
 
     def make(namespace: Any) -> Any:
@@ -354,7 +410,7 @@ def _to_cluster(nodes: Any) -> Callable[[Any], Any]:
             if name in CLUSTER_SETTINGS or name.startswith("ssl")
         }
         settings["ssl"] = settings.get("ssl") or issubclass(kind, (redis.SSLConnection, redis.asyncio.SSLConnection))
-        own = _own(settings, namespace)
+        own = _own(settings, namespace, timeout_s)
         # No steps: of the slots that have moved only a pool's matters, and others' connections are not to be closed.
         return namespace.cluster.RedisCluster(startup_nodes=known, reinitialize_steps=0, **own)
 

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from stable_openai._limits import Quota
 from stable_openai._ops import Member
 from stable_openai.backends.line import Claim, valid, wake
-from stable_openai.backends.meters import POLL, Meter, make_meter
+from stable_openai.backends.meters import POLL, Meter, drain, make_meter
 from stable_openai.backends.scopes import KeyScope, Scope
 
 __all__ = [
+    "DAY",
     "EXAMINED",
     "EXPIRED",
     "LIVE",
     "NEVER",
     "TOMB",
+    "UNHEARD",
     "Account",
     "Index",
     "Lease",
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 NEVER = 2**52
+DAY = 86_400_000
+SETTLING, REGATHERING, UNHEARD = 2000, 8000, 250
 EXAMINED = 16
 LIVE, EXPIRED, TOMB = 1, 2, 3
 
@@ -78,6 +82,30 @@ class Account:
         self.learned: dict[int, int] = {}
         self.meters: list[Meter | None] = [make_meter(quota, number, pool) for number in range(4)]
 
+    def drain(self, pool: Pool) -> None:
+        """It was lost, and of its last minute anything may have been used (see account_of in lua/accounts.lua)."""
+        for meter in self.meters[::2]:
+            if meter:
+                drain(meter, pool.now)
+        regathers = self.quota[0] or self.quota[1] or self.meters[1] or self.meters[3]
+        if not pool.alone:
+            self.cooldown = max(self.cooldown, pool.now + (REGATHERING if regathers else SETTLING))
+
+    def charged(self, lease: Lease) -> list[tuple[int, Meter]]:
+        """The meters that a lease was charged to: not those of limits that were learned since; nor, where tokens are
+        charged by use, theirs."""
+        return [
+            (number, meter)
+            for number, meter in enumerate(self.meters)
+            if meter and not (number > 1 and self.quota[1]) and lease.granted >= self.learned.get(number, 0)
+        ]
+
+    def days_seen(self, now: int) -> str:
+        requests, tokens = self.meters[1], self.meters[3]
+        if not (requests or tokens):
+            return ""
+        return f"{now} {requests.used(now) if requests else 0:.17g} {tokens.used(now) if tokens else 0:.17g}"
+
 
 class Lease:
     """`let_go`: of the tokens that the account had ever held, those that it held no longer when this was granted."""
@@ -94,8 +122,10 @@ class Lease:
 class ModelClass:
     """What the pool knows of one class of models."""
 
-    def __init__(self, usual: Quota) -> None:
-        self.usual = usual
+    def __init__(self, usual: Quota, birth: str) -> None:
+        self.usual, self.birth = usual, birth
+        self.lost: int | None = None  # when a worker said so
+        self.restored: dict[str, int] = {}
         self.quotas: dict[str, Quota] = {}
         self.rings: dict[str, Ring] = {}
         self.accounts: dict[str, Account] = {}
@@ -108,13 +138,23 @@ class ModelClass:
 
     def look(self, name: str, pool: Pool) -> Account:
         """The account; a new one, that is not kept, where nothing has been charged to it so far."""
-        return self.accounts.get(name) or Account(self.quotas.get(name) or self.usual, pool)
+        return self.accounts.get(name) or self._begin(name, pool)
 
     def touch(self, name: str, pool: Pool) -> Account:
         """The account, to be changed."""
         account = self.accounts.get(name)
         if account is None:
-            account = self.accounts[name] = Account(self.quotas.get(name) or self.usual, pool)
+            account = self.accounts[name] = self._begin(name, pool)
+        return account
+
+    def _begin(self, name: str, pool: Pool) -> Account:
+        quota, now = self.quotas.get(name) or self.usual, pool.now
+        if self.lost is None or not 0 <= now - self.lost < DAY:
+            return Account(quota, pool)
+        pool.now = self.lost  # it was lost too
+        account = Account(quota, pool)
+        account.drain(pool)
+        pool.now = now
         return account
 
     def watch(self, id: str, at: int) -> None:
@@ -126,8 +166,8 @@ class ModelClass:
 class Pool:
     """The clock, and what is out."""
 
-    def __init__(self, epoch: str, now: int) -> None:
-        self.epoch = epoch
+    def __init__(self, epoch: str, now: int, alone: bool) -> None:
+        self.epoch, self.alone = epoch, alone
         self.base = 0
         self.now = self.last = now
         self.back: int | None = None

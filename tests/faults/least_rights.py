@@ -24,8 +24,8 @@ def _with_least_rights() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         own = backend._own
 
-        def restricted(settings: dict[str, Any], namespace: Any) -> dict[str, Any]:
-            return own({**settings, "username": USER, "password": PASSWORD}, namespace)
+        def restricted(settings: dict[str, Any], *rest: Any) -> dict[str, Any]:
+            return own({**settings, "username": USER, "password": PASSWORD}, *rest)
 
         patch.setattr(backend, "_own", restricted)
         yield

@@ -22,7 +22,10 @@ PASS = "pass"
 CUT_BEFORE = "cut before"  # the connection, and the server never sees the command
 CUT_AFTER = "cut after"  # the connection, when the server has executed it
 SWALLOW = "swallow"  # the reply, and the connection stays open
-VERBS = {script(verb)[1]: verb for verb in ("register", "acquire", "settle", "renew", "inspect", "admin")}
+VERBS = {
+    script(verb)[1]: verb
+    for verb in ("register", "acquire", "settle", "renew", "restore", "inspect", "admin", "attend")
+}
 
 
 class Proxy:
@@ -41,6 +44,7 @@ class Proxy:
         self.delay_s = 0.0
         self._fates: list[tuple[str, str]] = []
         self._chance: Callable[[str], str] = lambda verb: PASS
+        self._refuses = False
         self._open: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -78,6 +82,14 @@ class Proxy:
             return CUT_AFTER if seen.get(verb, 0) % 2 else PASS
 
         self._chance = alternate
+
+    def refuse(self) -> None:
+        """Cut all connections, and every new one, until they are admitted again."""
+        self._refuses = True
+        self.cut()
+
+    def admit(self) -> None:
+        self._refuses = False
 
     def cut(self) -> None:
         """All connections, now."""
@@ -123,6 +135,9 @@ class Proxy:
         return self._chance(verb)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refuses:
+            writer.transport.abort()
+            return
         self._open.add(writer)
         upstream: asyncio.StreamWriter | None = None
         replies: asyncio.Task[None] | None = None

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from stable_openai import BrokerUnavailable, KeyManager
-from tests.faults.least_rights import PASSWORD, RIGHTS, SAYS_WHO_IT_IS, USER
+from tests.faults.least_rights import CLUSTER_RIGHTS, PASSWORD, RIGHTS, SAYS_WHO_IT_IS, USER
 from tests.servers import private_redis
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +26,11 @@ def test_the_scripts_use_no_other_command() -> None:
     }
     granted = {right[1:] for right in RIGHTS.split() if right.startswith("+")}
     assert granted == used | {"eval", "evalsha", "blpop", "client|id", "client|unblock"}
+
+
+def test_the_readme_says_which_rights() -> None:
+    assert RIGHTS in " ".join((ROOT / "README.md").read_text().split())
+    assert CLUSTER_RIGHTS in (ROOT / "README.md").read_text()
 
 
 def run(files: list[str], less: str, seconds: float, **environment: str) -> None:

@@ -54,7 +54,9 @@ class Load:
         self.grants: list[tuple[float, float, int]] = []  # from, to, who
         self.errors: list[BaseException] = []
         self._hold_s, self._over = hold_s, threading.Event()
-        self._make = lambda: KeyManager(["sk-a"], where, pool=pool, limits=limits, max_wait=30, lease_ttl=5)
+        self._make = lambda: KeyManager(
+            ["sk-a"], where, pool=pool, limits=limits, max_wait=30, lease_ttl=5, on_redis_down="wait"
+        )
         self.managers: list[KeyManager] = []
         self._threads: list[threading.Thread] = []
         for _ in range(2):
@@ -142,7 +144,9 @@ class Waiters:
     """A slot that one worker holds, and for which a thread and a coroutine of another two wait."""
 
     def __init__(self, where: Any, pool: str) -> None:
-        self.managers = [KeyManager(["sk-a"], where, pool=pool, limits=HELD, max_wait=40) for _ in range(3)]
+        self.managers = [
+            KeyManager(["sk-a"], where, pool=pool, limits=HELD, max_wait=40, on_redis_down="wait") for _ in range(3)
+        ]
         self.served: list[float] = []
         self.errors: list[BaseException] = []
         self._slots = ExitStack()

@@ -308,7 +308,7 @@ FORK = {
             lease = await manager.lease(tokens=10).__aenter__()
             other = await manager.lease(tokens=10).__aenter__()
             waiting = [asyncio.ensure_future(call()) for _ in range(3)]
-            while not manager._backend._listeners:
+            while not manager._backend._redis._listeners:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             if os.fork() == 0:
