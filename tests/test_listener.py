@@ -19,7 +19,7 @@ from redis.sentinel import Sentinel
 
 from stable_openai._loops import PerLoop
 from stable_openai.backends.listener import AsyncListener, Listener
-from stable_openai.backends.redis import _aclose, _factory, _sentinels_of
+from stable_openai.backends.redis import TIMEOUT_S, _aclose, _factory, _sentinels_of
 from tests.servers import private_cluster, private_redis, private_sentinel
 
 KEY = "stable:{test-listener}:wake:gpt-4o"
@@ -30,7 +30,7 @@ class OnThread:
     """A listener of the calling thread's, with a client of the backend's."""
 
     def __init__(self, where: Any) -> None:
-        self.client = _factory(where)(redis)
+        self.client = _factory(where, TIMEOUT_S)(redis)
         self.renew()
 
     def renew(self) -> None:
@@ -61,7 +61,7 @@ class OnLoop:
         self.loop = asyncio.new_event_loop()
         self.complaints: list[dict[str, Any]] = []
         self.loop.set_exception_handler(lambda loop, context: self.complaints.append(context))
-        self.client = self.run(self._call(_factory(where), redis.asyncio))
+        self.client = self.run(self._call(_factory(where, TIMEOUT_S), redis.asyncio))
         self.renew()
 
     def run(self, what: Awaitable[Any]) -> Any:
@@ -492,7 +492,7 @@ def test_event_loops_in_two_threads(plain: tuple[Any, redis.Redis]) -> None:
     started: list[AsyncListener] = []
 
     async def main() -> None:
-        client = _factory(url)(redis.asyncio)
+        client = _factory(url, TIMEOUT_S)(redis.asyncio)
         listener = AsyncListener(client, KEY)
         started.append(listener)
         got.append(await listener.wait(LONG_S))
@@ -521,7 +521,7 @@ def test_event_loops_in_two_threads(plain: tuple[Any, redis.Redis]) -> None:
 def test_a_loop_that_ends_meanwhile_is_not_disturbed(end: str, plain: tuple[Any, redis.Redis], caplog: Any) -> None:
     url, admin = plain
     got: list[int | None] = []
-    clients = PerLoop(lambda: _factory(url)(redis.asyncio), _aclose)
+    clients = PerLoop(lambda: _factory(url, TIMEOUT_S)(redis.asyncio), _aclose)
 
     async def lead(listener: AsyncListener) -> None:
         try:
@@ -562,7 +562,7 @@ def test_a_loop_can_end_at_any_step_of_connecting_and_sending(end: str, plain: t
             elif end == "drop":
                 listener.drop()
 
-    clients = PerLoop(lambda: _factory(plain[0])(redis.asyncio), _aclose)
+    clients = PerLoop(lambda: _factory(plain[0], TIMEOUT_S)(redis.asyncio), _aclose)
 
     async def main(steps: int) -> None:
         leading = asyncio.create_task(lead(AsyncListener(clients.get(), KEY)))

@@ -247,10 +247,10 @@ def test_the_environment(keys: str | None, where: str | None, pool: str | None) 
             assert error.field in ("keys", "key", "redis", "pool")  # noqa: PT017 - it need not be raised
             return
         try:
-            if manager._kind == "redis":
+            if not manager._backend.local:
                 import redis
 
-                manager._backend._make(redis).connection_pool.make_connection()
+                manager._backend._redis._make(redis).connection_pool.make_connection()
         finally:
             manager.close()
     assert not stable_openai.manager._open
