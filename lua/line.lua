@@ -11,8 +11,11 @@
 --   Of the others, only those that could use what is free count. A worker in line passes those of its own band that
 -- are not due so far (they come at their time); one that is not in line leaves to every valid claim what it wants.
 -- Claims of other rings are only counted for wakes and holds: what they want are other keys, for the most part.
+--   A TICKET is the claim of one call that goes away and comes again (a task of a queue). Its id, t<ms><rest>, says when
+-- it came first (t.<rest>: now); it has its turn before every ticket that came later, also after it has lost its claim.
+-- Those of the first TICKETS are kept.
 
-local SOON = 50
+local SOON, TICKETS = 50, 128
 
 -- For acquire: the line as the worker sees it that asks now. `list` gives the first of the ready index, how many they
 -- are and the number of all; `judge` when an account can serve; `keeps`: what it holds, it still needs.
@@ -21,6 +24,8 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   local fits, others, numbers, mine = {}, {}, {}, nil
   for number in (rest or '1 1 1 1 0 -1 -1'):gmatch('%S+') do numbers[#numbers + 1] = tonumber(number) end
   local smallest, patience, hops = numbers[5], numbers[6], numbers[7]
+  local ticket = id and id:sub(1, 1) == 't'
+  if ticket and id:sub(2, 2) == '.' then id = string.format('t%013.0f', now) .. id:sub(2) end
   local all, wake = claims_of(class)
   for n = #all, 1, -1 do
     if all[n][1] == id then mine = table.remove(all, n)
@@ -33,12 +38,15 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   mine = {id, ring, now, smallest, '', keeps and was[6] and was[7] > now and was[6], was[7] or 0}
   if mine[6] then holds[mine[6]] = mine[7] end
   for b = 0, 3 do
-    local before, waiting, lowest = was[WAITING + b] or 0, math.max(1, numbers[b + 1]), nil
+    local before, waiting, lowest, later = was[WAITING + b] or 0, math.max(1, numbers[b + 1]), nil, nil
     for _, claim in ipairs(others) do
-      if claim[WAITING + b] > 0 then lowest = math.min(lowest or claim[TURN + b], claim[TURN + b]) end
+      if claim[WAITING + b] > 0 then
+        lowest = math.min(lowest or claim[TURN + b], claim[TURN + b])
+        if ticket and claim[1]:sub(1, 1) == 't' and claim[1] > id then later = math.min(later or claim[TURN + b], claim[TURN + b]) end
+      end
     end
     mine[WAITING + b], mine[TURN + b] = numbers[b + 1], before > 0 and was[TURN + b] or 0
-    if lowest and before == 0 then mine[TURN + b] = lowest + 1 / waiting
+    if lowest and before == 0 then mine[TURN + b] = later or lowest + 1 / waiting
     elseif lowest and waiting >= 2 * before then mine[TURN + b] = lowest + (mine[TURN + b] - lowest) * before / waiting end
   end
 
@@ -186,7 +194,7 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   -- Of those that are due some may never come: who would wait for long looks again when they have lost their claims.
   function line.looks_again(ms)
     for _, claim in ipairs(others) do
-      if ms > POLL and not newcomer and claim[3] <= now then return GRACE end
+      if ms > POLL and not newcomer and not ticket and claim[3] <= now then return GRACE end
     end
     return ms
   end
@@ -237,6 +245,14 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
       mine[3], mine[5] = now + (wait or 0), why or ''
       if left > 1 and wait and patience >= 0 then count, last = in_time(left, model) end
       all[#all + 1] = mine
+      local tickets, last_of_them = 0, nil
+      for n, claim in ipairs(ticket and all or {}) do
+        if claim[1]:sub(1, 1) == 't' then
+          tickets = tickets + 1
+          if not last_of_them or claim[1] > all[last_of_them][1] then last_of_them = n end
+        end
+      end
+      if tickets > TICKETS then table.remove(all, last_of_them) end
     end
     put(class, 'w', #all > 0 and cmsgpack.pack(all))
     if #all == 0 then redis.call('DEL', wakes) end   -- nobody is left to be woken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from time import monotonic
@@ -13,6 +14,7 @@ from stable_openai._drive import adrive, adrive_generator, drive, drive_generato
 from stable_openai._flow import Deliver, Flow, Outcome, Policy, Raised, Returned, Started, call
 from stable_openai._lease import Lease
 from stable_openai._ops import Granted
+from stable_openai._postpone import Postponed, Visit
 from stable_openai._verdict import Verdict
 from stable_openai._waiter import BANDS, Request
 from stable_openai._worker import Report
@@ -113,6 +115,8 @@ class Decorated:
         if not callable(function):
             raise ConfigurationError("stable", "decorates a function; its options are given by name")
         self.function = function
+        if hasattr(function, "apply_async"):
+            raise ConfigurationError("stable", "decorates what a Celery task runs: write @app.task above @stable")
         if manager is not None and not isinstance(manager, KeyManager):
             raise ConfigurationError("manager", "must be a KeyManager")
         if tokens is not None and not callable(tokens) and (type(tokens) is not int or tokens < 0):
@@ -184,7 +188,8 @@ class Decorated:
                 args, kwargs = made.arranged(args, kwargs)
                 if made.has_own(kwargs, args):
                     return function(*args, **kwargs)
-                return OneCall(made, args, kwargs).run()
+                one = OneCall(made, args, kwargs)
+                return one.run_in_celery(wrapped) if "celery._state" in sys.modules else one.run()
 
         update_wrapper(wrapped, function)
         visible = [parameter for name, parameter in self.signature.parameters.items() if name not in self.injected]
@@ -239,7 +244,10 @@ def _by_name(parameter: inspect.Parameter) -> bool:
 class OneCall:
     """One call of a decorated function."""
 
-    __slots__ = ("args", "backend", "decorated", "is_async", "kwargs", "lease", "manager", "request", "value", "worker")
+    __slots__ = (
+        "args", "backend", "decorated", "is_async", "kwargs", "lease", "manager", "request", "since_s", "value",
+        "visit", "worker",
+    )  # fmt: skip
 
     def __init__(
         self, decorated: Decorated, args: tuple[Any, ...], kwargs: dict[str, Any], is_async: bool = False
@@ -251,6 +259,8 @@ class OneCall:
         self.request = decorated.request(manager, args, kwargs)
         self.lease: Lease | None = None
         self.value: Any = None
+        self.visit: Visit | None = None
+        self.since_s = 0.0
 
     def run(self) -> Any:
         flow, worker, backend = self.flow(), self.worker, self.backend
@@ -259,6 +269,19 @@ class OneCall:
             return result(outcome)
         self._lease.outlive(lambda outcome: drive(flow, worker, backend, None, outcome), flow.close)
         return self.value
+
+    def run_in_celery(self, wrapped: object) -> Any:
+        """The same, in a worker's task too, which goes back to its queue rather than wait for long."""
+        from stable_openai.celery import delivery_of
+
+        delivery = delivery_of(wrapped)
+        if delivery is not None:
+            self.visit, self.since_s = delivery.visit(), delivery.since_s
+        try:
+            return self.run()
+        except Postponed as later:
+            assert delivery is not None
+            raise delivery.postponed(later) from None
 
     async def arun(self) -> Any:
         flow, worker, backend = self.flow(), self.worker, self.backend
@@ -281,7 +304,8 @@ class OneCall:
             from asyncio import get_running_loop
 
             loop = get_running_loop()
-        return (yield from call(self.worker, self.request, self.decorated.policy, loop, monotonic(), self.reported))
+        policy, visit, since_s = self.decorated.policy, self.visit, self.since_s
+        return (yield from call(self.worker, self.request, policy, loop, monotonic(), self.reported, visit, since_s))
 
     def reported(self) -> Report:
         return self.lease.reported() if self.lease else Report()

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from stable_openai._obtain import Sleep, obtain
 from stable_openai._ops import Granted
+from stable_openai._postpone import Postponed, Visit, obtain_or_postpone
 from stable_openai._verdict import Verdict, judge, lease_of, redact
 from stable_openai._waiter import Request, Waiter
 from stable_openai._worker import Report, Worker
@@ -72,25 +73,41 @@ class Policy(NamedTuple):
 
 
 def call(
-    worker: Worker, request: Request, policy: Policy, loop: Any, began: float, report: Callable[[], Report]
+    worker: Worker,
+    request: Request,
+    policy: Policy,
+    loop: Any,
+    now: float,
+    report: Callable[[], Report],
+    visit: Visit | None = None,
+    since_s: float = 0.0,
 ) -> Flow:
     """One call, from the first lease to the answer; returns the last outcome, Returned or Raised.
 
     Args:
         loop: the event loop that it runs on; None for a thread.
-        began: the time at which the call began; its deadline is `request.max_wait` seconds later.
         report: gives what is known of the attempt beside its outcome.
+        visit: the call may be postponed (then it raises Postponed); None: it waits here.
+        since_s: for how long it has been on its way; its deadline is `request.max_wait` after it was made first.
     """
+    began = now - since_s
     deadline = began + request.max_wait
     avoid: tuple[str, ...] = ()
     missing: list[str] = []
-    moves, attempts, now = 0, 0, began
+    moves, attempts = (visit.place.moves, visit.place.attempts) if visit else (0, 0)
     error: BaseException | None = None
     waited: Waiter | None = None
     while True:
-        now, lease, waited = yield from obtain(
-            worker, request, loop, now, deadline, avoid=avoid, never=tuple(missing), error=error, before=waited
-        )
+        never = tuple(missing)
+        if visit:
+            visit = visit.after(attempts, moves)
+            now, lease, visit = yield from obtain_or_postpone(
+                worker, request, visit, began, now, deadline, avoid=avoid, never=never, error=error
+            )
+        else:
+            now, lease, waited = yield from obtain(
+                worker, request, loop, now, deadline, avoid=avoid, never=never, error=error, before=waited
+            )
         if lease is None:  # no account is left that may know the model
             return Raised(error or AssertionError())
         try:
@@ -141,6 +158,8 @@ def call(
             pause = max(pause, verdict.wait_s or 0.0)
         if now + pause > deadline:
             return outcome
+        if visit and pause > visit.patience_s:
+            raise Postponed(pause, verdict.reason, visit.after(attempts, moves).place) from error
         if pause > 0:
             now, _ = yield Sleep(pause)
 

@@ -28,11 +28,12 @@ from typing import Any
 from stable_openai._ops import LARGE, Acquired, Answer, Ask, Demand, Granted, Refused, Registration
 from stable_openai._waiter import BANDS, Moved, Waiter, Waiting
 
-__all__ = ["Line"]
+__all__ = ["LARGE_AFTER_MS", "NO_ROOM", "RISE_MS", "Line", "of_one"]
 
 ONE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
 RISE_MS = 30_000
 LARGE_AFTER_MS = 2000
+NO_ROOM = ("tpm", "tpd", "held")  # for a request of its size
 ASKS, LOOKED_AT = 8, 200
 ALONE = 8  # so many ask by themselves at the same time while nobody waits
 POLL_S = 5.0
@@ -90,8 +91,7 @@ class Line:
                 return None
             self._asking += 1
         band = self._band(waiter, self._server(now))
-        demand = Demand(self.claim, ONE[band], waiter.request.tokens, _ms(waiter.deadline - now))
-        return waiter.ask(band), demand
+        return waiter.ask(band), of_one(self.claim, band, waiter.request.tokens, waiter.deadline - now)
 
     def end_alone(self, waiter: Waiter, answer: Answer | None, now_ms: int, now: float) -> None:
         with self._mutex:
@@ -368,7 +368,7 @@ class Line:
                 self._answer(waiter, refusal._replace(wait_ms=math.ceil(ms)))
 
     def _note_short(self, waiter: Waiter, refusal: Refused, server: float) -> None:
-        if refusal.reason not in ("tpm", "tpd", "held"):
+        if refusal.reason not in NO_ROOM:
             waiter.short_since = None
         elif waiter.short_since is None:
             waiter.short_since = server
@@ -396,6 +396,11 @@ class Line:
         if len(groups) == 1:
             return iter(groups[0])
         return heapq.merge(*groups, key=lambda waiter: (self._band(waiter, server), waiter.number))
+
+
+def of_one(claim: str, band: int, tokens: int, patience_s: float) -> Demand:
+    """What a call wants that asks by itself."""
+    return Demand(claim, ONE[band], tokens, _ms(patience_s))
 
 
 def _ms(seconds: float) -> int:

@@ -23,7 +23,7 @@ from stable_openai._waiter import Moved, Request, Waiter
 from stable_openai._worker import Worker
 from stable_openai.errors import BrokerUnavailable, ConfigurationError, Exhausted, NoKeys, RequestTooLarge
 
-__all__ = ["Doze", "Hush", "Park", "Sleep", "obtain"]
+__all__ = ["ASK_AGAIN_S", "Doze", "Hush", "Park", "Sleep", "give_up", "if_all_disabled", "obtain", "taken"]
 
 ASK_AGAIN_S = 1.0
 # Then some key is not out.
@@ -93,20 +93,25 @@ def obtain(
         now, answer = yield from _ask_alone(worker, line, waiter, now)
         if answer is None:
             now, answer = yield from _stand(worker, line, waiter, now)
-        if type(answer) is Granted:
-            return now, answer, waiter
-        if isinstance(answer, TooLarge):
-            if not answer.limit:
-                return now, None, waiter
-            raise RequestTooLarge(
-                f"a request of {request.tokens} tokens is larger than the {answer.limit} of every key",
-                tokens=request.tokens,
-                limit=answer.limit,
-            )
         if isinstance(answer, Exception):
             raise BrokerUnavailable(*answer.args) from answer
         if isinstance(answer, Refused):
-            yield from _give_up(worker, request, answer, now, error)
+            yield from give_up(worker, request, answer, now, error)
+        if isinstance(answer, (Granted, TooLarge)):
+            return now, taken(request, answer), waiter
+
+
+def taken(request: Request, answer: Granted | TooLarge) -> Granted | None:
+    """The lease that was granted; None where no account is left that may serve. Raises RequestTooLarge."""
+    if isinstance(answer, Granted):
+        return answer
+    if not answer.limit:
+        return None
+    raise RequestTooLarge(
+        f"a request of {request.tokens} tokens is larger than the {answer.limit} of every key",
+        tokens=request.tokens,
+        limit=answer.limit,
+    )
 
 
 def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
@@ -136,7 +141,7 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
     finally:
         line.end_alone(waiter, answer, now_ms, now)
     if type(answer) is Refused and not (answer.timed and now + answer.wait_ms / 1000 > waiter.deadline):
-        answer = yield from _if_all_disabled(worker, waiter, answer)
+        answer = yield from if_all_disabled(worker, waiter.request, answer)
         if answer is None:
             return now, None
     if line.has_traces():
@@ -144,10 +149,10 @@ def _ask_alone(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
     return now, answer
 
 
-def _if_all_disabled(worker: Worker, waiter: Waiter, refusal: Refused) -> Steps:
+def if_all_disabled(worker: Worker, request: Request, refusal: Refused) -> Steps:
     """The refusal, if every key is disabled until somebody enables one: then nobody need wait."""
     hopeless = refusal.reason == "disabled" and not refusal.timed
-    return refusal if hopeless and (yield from worker.all_disabled(waiter.request)) else None
+    return refusal if hopeless and (yield from worker.all_disabled(request)) else None
 
 
 def _stand(worker: Worker, line: Line, waiter: Waiter, now: float) -> Steps:
@@ -250,12 +255,12 @@ def _ask_for_all(worker: Worker, line: Line, now: float) -> Steps:
         return now
     for waiter, granted in line.deliver(asked, reply, now):
         yield from worker.give_back(line, waiter.request, granted)
-    if line.refusal is not None and (yield from _if_all_disabled(worker, asked[0], line.refusal)):
+    if line.refusal is not None and (yield from if_all_disabled(worker, asked[0].request, line.refusal)):
         line.dismiss(line.refusal)
     return now
 
 
-def _give_up(
+def give_up(
     worker: Worker, request: Request, refusal: Refused, now: float, error: BaseException | None
 ) -> Generator[Any, Any, NoReturn]:
     """Raise what says most about why no key could serve in time."""

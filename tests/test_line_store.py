@@ -105,14 +105,19 @@ class WaitingTwins(RuleBasedStateMachine):
         self.uneven = data.draw(st.booleans())
         self.quotas = [quota(limits, 0.25), quota(second, 0.25)]
         self.make_rings()
+        self.tickets = data.draw(st.booleans())
         self.workers = [
-            Simulated(f"w{n}", int(n == 3), usual=data.draw(SIZES)) for n in range(data.draw(st.integers(2, 5)))
+            Simulated(self.name(n), int(n == 3), usual=data.draw(SIZES)) for n in range(data.draw(st.integers(2, 5)))
         ]
         self.held: list[tuple[Registration, str, Granted, int]] = []
         self.number = 0
         for _ in range(data.draw(st.sampled_from([0, 1, 3]))):  # somebody has used them up before
             asks = [self.new_ask(1, 1) for _ in range(2 * size)]
             self.ask_both(self.rings[0], asks, None)
+
+    def name(self, n: int) -> str:
+        """A claim's id; of some a ticket's, which came before those of lower numbers."""
+        return f"t{START + 999 - n:013d}.a" if self.tickets and n % 3 else f"w{n}"
 
     def make_rings(self) -> None:
         """Two rings of one class: the second has one account more."""
@@ -194,7 +199,7 @@ class WaitingTwins(RuleBasedStateMachine):
             self.now = max(self.now, told + off)
         number %= len(self.workers)
         self.number += 1
-        self.workers[number] = Simulated(f"n{self.number}", self.workers[number].ring, usual=data.draw(SIZES))
+        self.workers[number] = Simulated(self.name(self.number), self.workers[number].ring, usual=data.draw(SIZES))
         self.ask(data, self.workers[number])
 
     @precondition(lambda self: any(worker.told is not None for worker in self.workers))

@@ -61,7 +61,7 @@ def demands() -> st.SearchStrategy[Demand]:
     """What a worker's line wants, beyond what it asks for."""
     return st.builds(
         Demand,
-        claim=st.sampled_from(["w1", "w2", "w3"]),
+        claim=st.sampled_from(["w1", "w2", "w3", "t.new", *(f"t{ms:013d}.a" for ms in (1, 2, 3))]),
         bands=st.tuples(*[st.sampled_from([0, 0, 1, 7])] * 4),
         smallest=st.sampled_from([0, 1, 40, 99]),
         patience_ms=st.sampled_from([-1, 0, 1000, 60_000]),

@@ -11,7 +11,7 @@ from stable_openai.backends.meters import POLL
 
 __all__ = ["Claim", "Line", "valid", "wake"]
 
-GRACE, SOON = 1000, 50
+GRACE, SOON, TICKETS = 1000, 50, 128
 Slot = tuple[int, str, bool, str]
 
 
@@ -26,6 +26,10 @@ class Claim:
     held_until: int = 0
     waiting: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     turns: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
+
+
+def is_ticket(claim: Claim) -> bool:
+    return claim.id.startswith("t")
 
 
 def valid(claims: list[Claim], now: int) -> list[Claim]:
@@ -60,7 +64,10 @@ class Line:
     ) -> None:
         self.now, self.slot, self.room, self.size = now, slot, room, size
         self.free: dict[tuple[int, str], int] = {}
-        self.demand = demand or Demand("", (1, 1, 1, 1), 0)
+        demand = demand or Demand("", (1, 1, 1, 1), 0)
+        if demand.claim.startswith("t."):  # a ticket: it has come now
+            demand = demand._replace(claim=f"t{now:013d}{demand.claim[1:]}")
+        self.demand = demand
         self.hops = self.demand.hops
         self.left = list(self.demand.bands)
         self.all = valid(claims, now)
@@ -73,6 +80,8 @@ class Line:
         self.fits: dict[int, bool] = {}
         self.was_held = was.held if was else ""
         self.mine = mine = Claim(self.demand.claim, ring, now, self.demand.smallest)
+        self.ticket = is_ticket(mine)
+        after = [claim for claim in self.others if self.ticket and is_ticket(claim) and claim.id > mine.id]
         if was and keeps and was.held and was.held_until > now:
             mine.held = was.held
         mine.held_until = was.held_until if was else 0
@@ -81,10 +90,11 @@ class Line:
         mine.waiting = list(self.left)
         for b in range(4):
             turns = [claim.turns[b] for claim in self.others if claim.waiting[b]]
+            later = [claim.turns[b] for claim in after if claim.waiting[b]]
             before, waiting = was.waiting[b] if was else 0, max(1, self.left[b])
             mine.turns[b] = was.turns[b] if was and before else 0
             if turns and not before:
-                mine.turns[b] = min(turns) + 1 / waiting
+                mine.turns[b] = min(later) if later else min(turns) + 1 / waiting
             elif turns and waiting >= 2 * before:
                 mine.turns[b] = min(turns) + (mine.turns[b] - min(turns)) * before / waiting
 
@@ -155,7 +165,7 @@ class Line:
         """Of those that are due some may never come: who would wait for long looks again when they have lost their
         claims."""
         due = any(claim.told <= self.now for claim in self.others)
-        return GRACE if due and ms > POLL and not self.newcomer else ms
+        return GRACE if due and ms > POLL and not self.newcomer and not self.ticket else ms
 
     def let_go(self) -> None:
         self.holds.pop(self.mine.held)
@@ -207,6 +217,9 @@ class Line:
             if left > 1 and wait is not None and patience >= 0:
                 count, last = self._in_time(left, model)
             self.all.append(mine)
+            tickets = [claim for claim in self.all if self.ticket and is_ticket(claim)]
+            if len(tickets) > TICKETS:
+                self.all.remove(max(tickets, key=lambda claim: claim.id))
         if not self.all:  # nobody is left to be woken
             wakes.clear()
         return self.all, count, last

@@ -1,0 +1,114 @@
+"""How a call that may go away and come again comes by a lease: a task of a queue, which must not hold its worker.
+
+It asks for itself, sleeps where its turn comes soon, and otherwise raises Postponed: whoever called it is to make the
+call again after so many seconds, with the Place that it is given. Generators of a flow, without I/O (see `_obtain.py`).
+
+THE PLACE. The store keeps a claim of one request for the call (lua/line.lua), valid until a second after the time that
+it was told. The claim's id says when the call asked first, by the store's clock; of such claims whoever asked first has
+its turn first, also where it comes too late and has lost the claim. The store keeps so those of the first 128.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+from stable_openai._line import LARGE_AFTER_MS, NO_ROOM, RISE_MS, of_one
+from stable_openai._obtain import ASK_AGAIN_S, Sleep, give_up, if_all_disabled, taken
+from stable_openai._ops import Gone, Granted, Refused
+from stable_openai._waiter import Request, Waiter
+from stable_openai._worker import Worker
+from stable_openai.errors import BrokerUnavailable
+
+__all__ = ["Place", "Postponed", "Visit", "obtain_or_postpone"]
+
+
+class Place(NamedTuple):
+    """What a call that comes again brings along: the id of its claim, how many attempts and moves it has made, and
+    whether it was refused for its size."""
+
+    claim: str
+    attempts: int = 0
+    moves: int = 0
+    short: bool = False
+
+
+class Visit(NamedTuple):
+    """A call that may be postponed: how long it may wait here at a time, in s, and the place that it has."""
+
+    patience_s: float
+    place: Place
+
+    def after(self, attempts: int, moves: int) -> Visit:
+        return self._replace(place=self.place._replace(attempts=attempts, moves=moves))
+
+
+class Postponed(Exception):
+    """The call's turn comes later than it may wait here: in so many seconds, and why."""
+
+    def __init__(self, seconds: float, reason: str, place: Place) -> None:
+        self.seconds, self.reason, self.place = seconds, reason, place
+        super().__init__(f"a key in {seconds:.1f} s ({reason})")
+
+
+def new_place() -> Place:
+    return Place(f"t.{os.urandom(6).hex()}")  # the store puts in when it has come
+
+
+def obtain_or_postpone(
+    worker: Worker,
+    request: Request,
+    visit: Visit,
+    began: float,
+    now: float,
+    deadline: float,
+    *,
+    avoid: tuple[str, ...] = (),
+    never: tuple[str, ...] = (),
+    error: BaseException | None = None,
+) -> Generator[Any, Any, tuple[float, Granted | None, Visit]]:
+    """A lease; None where `never` leaves no account.
+
+    Args:
+        began: when the call was made first; its deadline is counted from there.
+
+    Raises what `obtain` raises, or Postponed.
+    """
+    until, place = now + visit.patience_s, visit.place
+    while True:
+        to = worker.registration(request.model)
+        waiter = Waiter(request, avoid, never, deadline, worker.next_id(), None, None)
+        band = max(0, request.band - int((now - began) * 1000 // RISE_MS))
+        ask = waiter.ask(band, place.short and now - began >= LARGE_AFTER_MS / 1000)
+        demand = of_one(place.claim, band, request.tokens, deadline - now)
+        try:
+            now, reply = yield from worker.ask(to, (ask,), demand)
+        except BrokerUnavailable:
+            worker.disown(to, waiter)
+            now, _ = yield Sleep(0)  # it has taken its time
+            if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > deadline:
+                raise
+            wait, reason = ASK_AGAIN_S, "redis"
+        except BaseException as stop:
+            worker.disown(to, waiter, isinstance(stop, GeneratorExit))
+            raise
+        else:
+            answer = reply.answers[0]
+            if isinstance(answer, Gone):  # for an id of its own it asks once more
+                continue
+            if not isinstance(answer, Refused):
+                return now, taken(request, answer), visit._replace(place=place)
+            wait, reason = answer.wait_ms / 1000, answer.reason
+            if (answer.timed and now + wait > deadline) or (yield from if_all_disabled(worker, request, answer)):
+                yield from give_up(worker, request, answer, now, error)
+            wait = min(wait, max(0.0, deadline - now))
+            place = place._replace(claim=_dated(place.claim, reply.now_ms), short=reason in NO_ROOM)
+        if now + wait > until:
+            raise Postponed(wait, reason, place) from error
+        now, _ = yield Sleep(wait)
+
+
+def _dated(claim: str, now_ms: int) -> str:
+    """A claim's id, as the store keeps it (lua/line.lua)."""
+    return f"t{now_ms:013d}{claim[1:]}" if claim.startswith("t.") else claim

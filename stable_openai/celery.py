@@ -1,0 +1,160 @@
+"""Celery: tasks that never hold a worker while they wait.
+
+    @app.task
+    @stable(model="gpt-4o")
+    def ask(prompt, client): ...
+
+A task that is itself decorated with @stable, as above, and would wait for a key for longer than `celery_wait` goes back
+to the queue: a message of its own, with the countdown that the broker of keys named, and everything else as it was.
+That is no retry of the task's: `retries` stays, so do its time limits, callbacks, priority and expiry. It comes back to
+its place in the line (see `_postpone.py`), and `max_wait` counts from when it was delivered first.
+
+A decorated function that a task only calls waits where it is: to go back, the whole task would have to be run again.
+Without a worker (a direct call, `task_always_eager`) all is as without Celery.
+"""
+
+from __future__ import annotations
+
+import random
+from time import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from celery import Celery, current_task, signals
+from celery.exceptions import Reject, Retry
+
+from stable_openai._limits import Limits
+from stable_openai._postpone import Place, Postponed, Visit, new_place
+from stable_openai.errors import ConfigurationError
+from stable_openai.manager import KeyManager
+
+if TYPE_CHECKING:
+    from celery import Task
+
+__all__ = ["Delivery", "delivery_of", "setup"]
+
+HEADER = "stable_openai"
+PREFIX = "stable_openai_"
+WAIT_S = 1.0
+OPTIONS = ("pool", "limits", "models", "on_redis_down", "lease_ttl", "max_wait", "headroom_s")
+# A message that waits in a worker for longer than the visibility timeout is delivered once more; an hour, unless told.
+STEP_S, STEPS, VISIBILITY_S = 60.0, 4, 3600.0
+SCATTER = 0.1
+
+
+def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
+    """Make the pool of an app's tasks from its settings, and end it with the workers.
+
+    The settings are `stable_openai_keys` (a list of strings and `Key`, or a text with commas), `stable_openai_redis`,
+    and as `KeyManager` has them `stable_openai_pool`, `_limits` (a `Limits` or a dict), `_models`, `_on_redis_down`,
+    `_lease_ttl`, `_max_wait` and `_headroom_s`; without keys, what `KeyManager()` finds. `stable_openai_celery_wait` is
+    for how many seconds a task may wait in its worker (1; None: always there); `@app.task(celery_wait=...)` for one.
+
+    Args:
+        manager: a pool that has been made, instead of one from the settings.
+
+    Returns the manager, which a bare @stable finds by itself. Raises ConfigurationError. Does no I/O.
+    """
+    conf = app.conf
+    wait = conf.get(PREFIX + "celery_wait", WAIT_S)
+    if wait is not None and (isinstance(wait, bool) or not isinstance(wait, (int, float)) or wait < 0):
+        raise ConfigurationError(PREFIX + "celery_wait", "must be a number of seconds, or None")
+    if manager is None:
+        keys, redis = conf.get(PREFIX + "keys"), conf.get(PREFIX + "redis")
+        given = {name: conf[PREFIX + name] for name in OPTIONS if conf.get(PREFIX + name) is not None}
+        if "limits" in given:
+            given["limits"] = _limits(given["limits"])
+        if "models" in given:
+            given["models"] = {name: _limits(limits) for name, limits in dict(given["models"]).items()}
+        if isinstance(keys, str):
+            keys = [key.strip() for key in keys.split(",") if key.strip()]
+        manager = KeyManager(keys, redis, **given)
+        if isinstance(redis, str):  # `celery report` prints settings: it masks those named ..._keys, but not this one
+            conf[PREFIX + "redis"] = _without_password(redis)
+    close = manager.close
+
+    def ended(**_: Any) -> None:
+        close()
+
+    signals.worker_init.connect(_before_the_fork, weak=False, dispatch_uid=PREFIX + "init")
+    for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
+        signal.connect(ended, weak=False, dispatch_uid=f"{PREFIX}{id(manager)}")
+    return manager
+
+
+def _limits(given: Limits | dict[str, Any]) -> Limits:
+    return given if isinstance(given, Limits) else Limits(**given)
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _before_the_fork(**_: Any) -> None:
+    """Load openai, which takes a second, once for all children."""
+    import openai  # noqa: F401
+
+
+def _is_ours(brought: Any, request: Any) -> bool:
+    return (
+        isinstance(brought, dict)
+        and brought.get("id") == request.id
+        and brought.get("retries") == request.retries
+        and isinstance(brought.get("first"), (int, float))
+        and isinstance(brought.get("place"), list)
+        and len(brought["place"]) == len(Place._fields)
+    )
+
+
+def delivery_of(function: object) -> Delivery | None:
+    """What this thread runs for a worker, if `function` is the body of that task."""
+    task = current_task._get_current_object()
+    if task is None or task.request.called_directly or task.request.is_eager:
+        return None
+    body = getattr(task, "_orig_run", task.run)  # (autoretry_for= wraps it)
+    return Delivery(task) if getattr(body, "__func__", body) is function else None
+
+
+class Delivery:
+    """The task that this thread runs for a worker, as it was delivered this time."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        request = task.request
+        brought = getattr(request, HEADER, None)
+        # What else has these headers is another task (of a chain, say), or the user's own retry.
+        self.brought = brought if _is_ours(brought, request) else None
+
+    @property
+    def since_s(self) -> float:
+        """How long ago it was delivered first, by the clocks of the hosts, by which Celery counts its countdowns."""
+        return max(0.0, time() - self.brought["first"]) if self.brought else 0.0
+
+    def visit(self) -> Visit | None:
+        """How the call that is the task waits; None: where it is."""
+        wait = getattr(self.task, "celery_wait", self.task.app.conf.get(PREFIX + "celery_wait", WAIT_S))
+        if wait is None:
+            return None
+        brought = self.brought
+        return Visit(wait, Place(*brought["place"]) if brought else new_place())
+
+    def postponed(self, later: Postponed) -> Exception:
+        """Send the task back to the queue; what the task is to raise then."""
+        task, request = self.task, self.task.request
+        options = task.app.conf.broker_transport_options or {}
+        longest = min(STEP_S, float(options.get("visibility_timeout", VISIBILITY_S)) / STEPS)
+        seconds = later.seconds
+        if seconds > longest:  # so do others: not all at the same time
+            seconds = longest * random.uniform(1 - SCATTER, 1)
+        first = self.brought["first"] if self.brought else time()
+        header = {"id": request.id, "retries": request.retries, "first": first, "place": list(later.place)}
+        headers = {**(request.headers or {}), HEADER: header}
+        again = task.signature_from_request(request, countdown=seconds, retries=request.retries, headers=headers)
+        try:
+            again.apply_async()
+        except Exception as error:
+            rejected: Exception = Reject(error, requeue=True)
+            return rejected
+        retried: Exception = Retry(f"{later}: back to the queue", when=seconds, sig=again)
+        return retried
