@@ -5,12 +5,14 @@ answered wrongly, but for those of a process that was killed), leases left behin
 Redis, when the ttl of those that were killed is over; in flight at the upstream), stuck workers 0 (a thread without a
 step for longer than any limit makes it wait, a process that does not end by itself).
 
-Each process has a proxy of its own before Redis. Faults come one after the other, each kind once before any comes
-again, in an order that the seed decides (see soak_faults.py; of the workers, soak_worker.py).
+Each process has a proxy of its own before Redis. Faults come one after the other, in an order that the seed decides:
+each kind once before any comes again, but for those that lose the state, which come seldom (see soak_faults.py; of the
+workers, soak_worker.py).
 """
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import sys
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from benchmarks.load import goodput
-from benchmarks.soak_faults import Fault, World, chosen
+from benchmarks.soak_faults import LOSING, Fault, World, chosen
 from benchmarks.soak_worker import ACCOUNTS, LATENCY_S, LIMITS, MODELS, RPM, THREADS, Worker, manager_of
 from stable_openai import KeyManager
 from stable_openai.testing import Entry, FakeProcess, Limit
@@ -35,16 +37,18 @@ SHOWN = 10  # of what went wrong
 
 
 class Pace(NamedTuple):
-    """Seconds: between two faults, the longest of a fault, a lease's ttl, and after how many a thread is stuck."""
+    """Seconds: between two faults, the longest of a fault, a lease's ttl, after how many a thread is stuck, and between
+    two faults that lose the state (a loss takes what is left of a minute for used: nothing is granted for so long)."""
 
     between: tuple[float, float]
     longest: float
     ttl: float
     patience: float
+    calm: float
 
 
-LONG = Pace((2.0, 5.0), 5.0, 12.0, 90.0)
-SHORT = Pace((0.2, 0.6), 1.0, 3.0, 15.0)
+LONG = Pace((2.0, 5.0), 5.0, 12.0, 150.0, 90.0)
+SHORT = Pace((0.2, 0.6), 1.0, 3.0, 15.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def run(seconds: float, seed: int, faults: list[Fault], on_redis_down: str = "lo
         world = World(server, proxies, workers, start, chance, pace.longest)
         until(lambda: all(worker.answered or worker.lost for worker in workers))
         began = time.time()
-        story = list(_go_wrong(world, faults, seconds, pace.between))
+        story = list(_go_wrong(world, faults, seconds, pace))
         ended = _end(workers, pace.patience)
         left = sum(worker.left for worker in workers) + fake.stats["in_flight"]
         with closing(manager_of(job | {"base_url": fake.url, "redis": f"redis://127.0.0.1:{server.port}"})) as manager:
@@ -145,16 +149,19 @@ def run(seconds: float, seed: int, faults: list[Fault], on_redis_down: str = "lo
     )
 
 
-def _go_wrong(
-    world: World, faults: list[Fault], seconds: float, between: tuple[float, float]
-) -> Iterator[tuple[float, str]]:
+def _go_wrong(world: World, faults: list[Fault], seconds: float, pace: Pace) -> Iterator[tuple[float, str]]:
     """Let faults come; yields when each began, and its name."""
-    end, deck = time.monotonic() + seconds, list[Fault]()
-    while (pause := world.chance.uniform(*between)) < end - time.monotonic():
+    end, lost_at, deck = time.monotonic() + seconds, -math.inf, list[Fault]()
+    while (pause := world.chance.uniform(*pace.between)) < end - time.monotonic():
         time.sleep(pause)
-        if faults:
-            deck = deck or world.chance.sample(faults, len(faults))
-            fault = deck.pop()
+        calm = time.monotonic() < lost_at + pace.calm
+        if not any(fault not in LOSING or not calm for fault in deck):
+            deck = world.chance.sample(faults, len(faults)) + deck
+        fault = next((fault for fault in reversed(deck) if fault not in LOSING or not calm), None)
+        if fault is not None:
+            deck.remove(fault)
+            if fault in LOSING:
+                lost_at = time.monotonic()
             yield time.time(), fault.__name__
             fault(world)
     time.sleep(max(0.0, end - time.monotonic()))

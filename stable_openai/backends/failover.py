@@ -9,8 +9,8 @@ waits.
 Where Redis is away for all, no limit is exceeded. Where it is away for some only, the others go on with the whole, and
 the excess is at most the shares of those that are cut off.
 
-A roster is in force when it is two periods old, so that all have seen it; until then the one before is, or none. Who
-finds itself alone at first takes all at once.
+A roster is in force when it is two periods old, so that all have seen it; until then the one before is, or none: in its
+first ten seconds a worker waits where Redis is away, also one that finds itself alone.
 
 WHAT IS TOLD AT THE END. For each class what was spent, charged once by (worker, number); leases that are still live;
 and how leases that Redis had granted ended. What the upstream said of keys and limits meanwhile is not told: it will
@@ -147,8 +147,6 @@ class FailoverBackend:
     def _seat(self, seat: Seat, since: float) -> None:
         with self._mutex:
             self._in_force = self._place()
-            if self._newest is None and seat.size == 1:
-                self._in_force = seat
             if self._newest is None or self._newest[0] != seat:
                 self._newest = (seat, since)
 

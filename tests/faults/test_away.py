@@ -44,8 +44,9 @@ def proxy(server: Server) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def make(server: Server) -> Iterator[Callable[..., KeyManager]]:
-    """Makes managers that have had their first contact, and know their place."""
+def make(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., KeyManager]]:
+    """Makes managers that have had their first contact, and know their place (without the ten seconds' wait for it)."""
+    monkeypatch.setattr("stable_openai.backends.failover.IN_FORCE_S", 0.0)
     made: list[KeyManager] = []
 
     def one(limits: Limits = MANY, proxy: Proxy | None = None, **options: Any) -> KeyManager:
@@ -147,6 +148,19 @@ def test_who_was_never_there_waits(server: Server) -> None:
     threading.Timer(0.5, server.start).start()
     take(manager)
     assert manager.status().backend == "redis"
+    manager.close()
+
+
+def test_who_has_just_come_waits_though_it_seems_to_be_alone(server: Server) -> None:
+    """Others may have come since it looked."""
+    manager = KeyManager(["sk-a"], f"redis://127.0.0.1:{server.port}", pool=POOL, max_wait=20.0)
+    take(manager)
+    until(lambda: manager._backend._newest)
+    server.kill()
+    with pytest.raises((BrokerUnavailable, Exhausted)):
+        manager.lease(max_wait=0.5).__enter__()
+    assert is_back(manager)
+    server.start()
     manager.close()
 
 
