@@ -71,7 +71,8 @@ def _warm_up() -> None:
 
     answer = {"id": "", "object": "chat.completion", "created": 0, "model": "", "choices": [CHOICE]}
     transport = http.MockTransport(lambda request: http.Response(200, json=answer))
-    with openai.OpenAI(api_key="none", http_client=http.Client(transport=transport)) as client:
+    nowhere = "http://nothing-is-sent.invalid"  # httpx logs it
+    with openai.OpenAI(api_key="none", base_url=nowhere, http_client=http.Client(transport=transport)) as client:
         client.chat.completions.create(model="", messages=[{"role": "user", "content": ""}])
 
 

@@ -1,7 +1,10 @@
 """How a call that may go away and come again comes by a lease: a task of a queue, which must not hold its worker.
 
-It asks for itself, sleeps where its turn comes soon, and otherwise raises Postponed: whoever called it is to make the
-call again after so many seconds, with the Place that it is given. Generators of a flow, without I/O (see `_obtain.py`).
+A generator of a flow, without I/O (see `_obtain.py`). It asks for itself, sleeps where its turn comes soon, and else
+raises Postponed: whoever called it is to make the call again after so many seconds, with the Place that it is given.
+
+SOON is within the call's patience for the one whose turn is next, and for the others within 0.1 s: otherwise a few that
+wait for a second each would hold all slots of the workers, one after the other, for as long as there is a line.
 
 THE PLACE. The store keeps a claim of one request for the call (lua/line.lua), valid until a second after the time that
 it was told. The claim's id says when the call asked first, by the store's clock; of such claims whoever asked first has
@@ -21,7 +24,9 @@ from stable_openai._waiter import Request, Waiter
 from stable_openai._worker import Worker
 from stable_openai.errors import BrokerUnavailable
 
-__all__ = ["Place", "Postponed", "Visit", "obtain_or_postpone"]
+__all__ = ["Place", "Postponed", "Visit", "new_place", "obtain_or_postpone"]
+
+SOON_S = 0.1
 
 
 class Place(NamedTuple):
@@ -75,7 +80,7 @@ def obtain_or_postpone(
 
     Raises what `obtain` raises, or Postponed.
     """
-    until, place = now + visit.patience_s, visit.place
+    came, place = now, visit.place
     while True:
         to = worker.registration(request.model)
         waiter = Waiter(request, avoid, never, deadline, worker.next_id(), None, None)
@@ -89,7 +94,7 @@ def obtain_or_postpone(
             now, _ = yield Sleep(0)  # it has taken its time
             if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > deadline:
                 raise
-            wait, reason = ASK_AGAIN_S, "redis"
+            wait, reason, stays_s = ASK_AGAIN_S, "redis", visit.patience_s
         except BaseException as stop:
             worker.disown(to, waiter, isinstance(stop, GeneratorExit))
             raise
@@ -100,11 +105,13 @@ def obtain_or_postpone(
             if not isinstance(answer, Refused):
                 return now, taken(request, answer), visit._replace(place=place)
             wait, reason = answer.wait_ms / 1000, answer.reason
-            if (answer.timed and now + wait > deadline) or (yield from if_all_disabled(worker, request, answer)):
+            late = now >= deadline or (answer.timed and now + wait > deadline)
+            if late or (yield from if_all_disabled(worker, request, answer)):
                 yield from give_up(worker, request, answer, now, error)
-            wait = min(wait, max(0.0, deadline - now))
+            wait = min(wait, deadline - now)
+            stays_s = visit.patience_s if reply.in_time <= 0 else min(visit.patience_s, SOON_S)
             place = place._replace(claim=_dated(place.claim, reply.now_ms), short=reason in NO_ROOM)
-        if now + wait > until:
+        if now + wait > came + stays_s:
             raise Postponed(wait, reason, place) from error
         now, _ = yield Sleep(wait)
 

@@ -152,7 +152,7 @@ class Delivery:
         headers = {**(request.headers or {}), HEADER: header}
         again = task.signature_from_request(request, countdown=seconds, retries=request.retries, headers=headers)
         try:
-            again.apply_async()
+            again.apply_async(add_to_parent=False)
         except Exception as error:
             rejected: Exception = Reject(error, requeue=True)
             return rejected

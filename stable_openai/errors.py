@@ -7,6 +7,8 @@ StableError
 ├── RequestTooLarge      the request is larger than the limit of every key; `.tokens`, `.limit`
 ├── LeaseLost            a lease expired while its holder was still using it
 └── BrokerUnavailable    Redis cannot be reached or does not serve the broker
+
+Where one is remade from its message alone, as Celery's result backends do, its other attributes are empty.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Exhausted(StableError):
     `key` is the name of the key that comes next, or "".
     """
 
-    def __init__(self, message: str, *, retry_after: float | None, reason: str, key: str = "") -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, reason: str = "", key: str = "") -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.reason = reason
@@ -66,15 +68,22 @@ class Exhausted(StableError):
 class NoKeys(Exhausted, ValueError):
     """Every key is out (or disabled). `keys` maps each key's label to the reason."""
 
-    def __init__(self, message: str, *, keys: dict[str, str], retry_after: float | None, reason: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        keys: dict[str, str] | None = None,
+        retry_after: float | None = None,
+        reason: str = "",
+    ) -> None:
         super().__init__(message, retry_after=retry_after, reason=reason)
-        self.keys = keys
+        self.keys = keys or {}
 
 
 class RequestTooLarge(StableError):
     """The request asks for more tokens than any key may use in a whole period."""
 
-    def __init__(self, message: str, *, tokens: int, limit: str) -> None:
+    def __init__(self, message: str, *, tokens: int = 0, limit: str = "") -> None:
         super().__init__(message)
         self.tokens = tokens
         self.limit = limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -65,6 +66,44 @@ def private_sentinel() -> Iterator[int]:
             yield port
 
 
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")  # beside Debian's own script, which is for one node
+
+
+@contextmanager
+def private_rabbitmq() -> Iterator[str]:
+    """The URL of a new RabbitMQ, on loopback, with a port mapper (epmd) of its own; where it is installed."""
+    port, names = free_port(), str(free_port())
+    with _folder() as folder:
+        settings = {
+            "HOME": folder,
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": names,
+            "RABBITMQ_NODENAME": f"stable-{port}@localhost",
+            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_PORT": str(port),
+            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "RABBITMQ_MNESIA_BASE": folder,
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{folder}/plugins",
+            "RABBITMQ_LOGS": "-",
+        }
+        process = subprocess.Popen(
+            [RABBITMQ], env=os.environ | settings, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        try:
+            _wait(lambda: _listens(port), within=60)
+            yield f"amqp://guest:guest@127.0.0.1:{port}//"
+        finally:
+            process.terminate()
+            process.wait()
+            subprocess.run(["epmd", "-port", names, "-kill"], stdout=subprocess.DEVNULL, check=True)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_port() -> int:
     """A port that nobody uses now; a cluster's bus takes the one 10,000 above it."""
     while True:
@@ -101,8 +140,8 @@ def _answers(client: redis.Redis) -> bool:
         return False
 
 
-def _wait(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+def _wait(true: Callable[[], bool], within: float = 20.0) -> None:
+    deadline = time.monotonic() + within
     while not true():
         if time.monotonic() > deadline:
             raise RuntimeError("the private server did not start")

@@ -1,0 +1,447 @@
+"""Tasks of real Celery workers, on a real broker, over the real openai client, against the fake upstream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from celery import Celery, chain, chord, group
+
+from stable_openai import ConfigurationError, Exhausted, Key, KeyManager, Limits, stable
+from stable_openai.celery import setup
+from stable_openai.testing import Failure, FakeProcess, Limit
+from tests.faults.servers import Server, until
+from tests.servers import RABBITMQ, private_rabbitmq
+
+ROOT = Path(__file__).parent.parent
+KEYS = {f"sk-{n}": f"org-{n}" for n in range(4)}
+# A pool, and how many tasks a worker runs at the same time (gevent's takes new ones every 2 s where slots are few).
+POOLS = {"prefork": 4, "threads": 4, "gevent": 100, "solo": 1}
+TASKS = 200
+RPM = 300
+
+
+class Site:
+    """A broker, a store, the fake upstream, and the app that uses them; workers are started on it."""
+
+    def __init__(
+        self, stack: ExitStack, folder: str, limit: dict[str, Any], keys: dict[str, str], broker: str, settings: Any
+    ) -> None:
+        self.stack, self.folder = stack, folder
+        self.server = stack.enter_context(Server(folder))
+        until(self.server.admin.ping)
+        self.fake = stack.enter_context(FakeProcess(keys=keys, limits=Limit(**limit)))
+        self.store = f"redis://127.0.0.1:{self.server.port}"
+        self.env = {
+            "TEST_STORE": self.store,
+            "TEST_BROKER": stack.enter_context(private_rabbitmq()) if broker == "rabbitmq" else f"{self.store}/1",
+            "TEST_FAKE": json.dumps({"url": self.fake.url, "keys": list(keys)}),
+            "TEST_SETTINGS": json.dumps({"stable_openai_limits": limit, **settings}),
+        }
+        self.app = Celery(broker=self.env["TEST_BROKER"], backend=f"{self.store}/2", set_as_current=False)
+        self.redis = stack.enter_context(redis.Redis.from_url(f"{self.store}/3", decode_responses=True))
+        stack.callback(self._close)
+        self.processes: list[subprocess.Popen[bytes]] = []
+
+    def _close(self) -> None:
+        self.app.backend.remove_pending_result = lambda result: result  # results that are collected later: it has gone
+        self.app.backend.client.close()
+        self.app.close()
+
+    def task(self, name: str, *args: Any, **options: Any) -> Any:
+        """The signature of a task of celery_jobs.py."""
+        return self.app.signature(f"tests.celery_jobs.{name}", args, **options)
+
+    def send(self, name: str, *args: Any, **options: Any) -> Any:
+        return self.task(name, *args).apply_async(**options)
+
+    def worker(self, pool: str = "prefork", slots: int = 4) -> subprocess.Popen[bytes]:
+        """One, that is ready."""
+        name = f"w{len(self.processes)}"
+        command = [sys.executable, "-m", "celery", "-A", "tests.celery_jobs", "worker", "-P", pool, "-c", str(slots)]
+        command += ["-n", f"{name}@here", "-l", "INFO", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        log = Path(f"{self.folder}/{name}.log")
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=out, stderr=out, env=os.environ | self.env, start_new_session=True
+            )
+        self.processes.append(process)
+        self.stack.callback(end, process)
+        until(lambda: b" ready." in log.read_bytes() or process.poll() is not None)
+        assert process.poll() is None, log.read_text()
+        return process
+
+    def log(self) -> str:
+        return "".join(Path(self.folder, f"w{n}.log").read_text() for n in range(len(self.processes)))
+
+    def notes(self, name: str) -> list[Any]:
+        return [json.loads(text) for text in self.redis.lrange(name, 0, -1)]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """The worker, and what it started."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def site(limit: dict[str, Any], keys: dict[str, str] = KEYS, broker: str = "redis", **settings: Any) -> Iterator[Site]:
+    with tempfile.TemporaryDirectory(prefix="stable-openai-") as folder, ExitStack() as stack:
+        yield Site(stack, folder, limit, keys, broker, settings)
+
+
+def latencies(here: Site, seconds: float, every: float = 0.05) -> list[float]:
+    """Of quick tasks that are sent all the time, in s."""
+    here.redis.delete("latencies")
+    ends, sent = time.monotonic() + seconds, 0
+    while time.monotonic() < ends:
+        here.send("quick", time.time())
+        sent += 1
+        time.sleep(every)
+    until(lambda: here.redis.llen("latencies") == sent)
+    return sorted(here.notes("latencies"))
+
+
+def said(found: list[float]) -> str:
+    return f"median {statistics.median(found) * 1000:.0f} ms, 95 % {found[int(len(found) * 0.95)] * 1000:.0f} ms"
+
+
+@pytest.mark.parametrize(
+    ("pool", "broker"),
+    [*((pool, "redis") for pool in POOLS), *([("prefork", "rabbitmq")] if RABBITMQ.exists() else [])],
+)
+def test_a_flood_waits_in_the_queue(pool: str, broker: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with site({"rpm": RPM, "burst_s": 1}, broker=broker) as here:
+        for _ in range(2):
+            here.worker(pool, POOLS[pool])
+        without = latencies(here, 2)
+        results = [here.send("ask", n) for n in range(TASKS)]
+        beside = latencies(here, 6)
+        answers = [result.get(timeout=60) for result in results]
+        runs = here.notes("runs")
+        over = here.fake.over
+    assert answers == [f"echo: {n}" for n in range(TASKS)]
+    assert sorted(number for number, _, _ in runs) == list(range(TASKS)), "some ran twice"
+    assert {retries for _, retries, _ in runs} == {0}
+    assert over == []
+    order = [number for number, _, _ in sorted(runs, key=lambda run: run[2])]
+    behind = max(place - number for place, number in enumerate(order))
+    with capsys.disabled():
+        print(
+            f"\n{pool}, {broker}: quick tasks {said(without)}; beside the flood {said(beside)}; "
+            f"at most {behind} places behind"
+        )
+
+
+# What a task has keeps its meaning.
+
+ONE = {"sk-a": "org-a"}
+
+
+@contextmanager
+def busy(here: Site, seconds: float) -> Iterator[None]:
+    """The only key is out, for so long."""
+    with manager_of(here) as manager:
+        manager.disable("sk-a", seconds)
+        yield
+
+
+@contextmanager
+def manager_of(here: Site) -> Iterator[KeyManager]:
+    """One of the pool that the workers share, here."""
+    keys = [Key(key, base_url=here.fake.url) for key in here.fake.accounts()]
+    settings = json.loads(here.env["TEST_SETTINGS"])
+    limits = Limits(**settings["stable_openai_limits"])
+    ttl = settings.get("stable_openai_lease_ttl", 60.0)
+    manager = KeyManager(keys, f"{here.store}/0", pool="test-celery", limits=limits, lease_ttl=ttl)
+    try:
+        yield manager
+    finally:
+        manager.close()
+
+
+def deliveries(here: Site, result: Any) -> list[dict[str, Any]]:
+    return here.notes(f"deliveries:{result.id}")
+
+
+def test_a_task_that_goes_back_is_the_same_task() -> None:
+    with site({"rpm": 600}, ONE) as here:
+        here.worker(slots=2)
+        with busy(here, 3):
+            signature = here.task("add", 1, kwargs={"more": 2})
+            options = {
+                "priority": 3,
+                "expires": 60,
+                "time_limit": 50,
+                "soft_time_limit": 40,
+                "headers": {"own": "mine"},
+            }
+            result = signature.apply_async(link=here.task("add", 5), **options)
+            assert result.get(timeout=30) == 3
+            until(lambda: here.app.AsyncResult(result.id).children)
+            (linked,) = result.children
+            assert linked.get(timeout=30) == 8
+            first, *_, last = deliveries(here, result)
+            assert last["at"] - first["at"] > 1.5, "it has not waited in the queue"
+            for name in first.keys() - {"at", "pid", "parent_id"}:  # as in Celery's own retries, it is its own parent
+                assert first[name] == last[name], name
+            assert (last["retries"], last["priority"], last["own"]) == (0, 3, "mine")
+            assert last["timelimit"] == [50, 40]
+            assert (last["args"], last["kwargs"], last["callbacks"]) == ([1], {"more": 2}, 1)
+            assert here.fake.over == []
+
+
+def test_its_own_retries_count() -> None:
+    """Those of autoretry_for= and of self.retry, after it has been in the queue again."""
+    with site({"rpm": 600}, ONE) as here:
+        here.worker(slots=2)
+        with busy(here, 2.5):
+            clumsy, hopeless, again = here.send("clumsy", 2), here.send("clumsy", 3), here.send("again")
+            assert clumsy.get(timeout=30) == 2
+            assert again.get(timeout=30) == 1
+            with pytest.raises(ValueError, match="mine"):
+                hopeless.get(timeout=30)
+            assert [delivery["retries"] for delivery in deliveries(here, clumsy)][-3:] == [0, 1, 2]
+            assert deliveries(here, clumsy)[1]["retries"] == 0, "it has not been in the queue again"
+
+
+def test_chains_groups_and_chords() -> None:
+    with site({"rpm": 120, "burst_s": 1}) as here:
+        here.worker(slots=4)
+        chained = chain(here.task("add", 1), here.task("add", 10), here.task("add", 100), app=here.app)
+        together = group([here.task("add", n) for n in range(12)], app=here.app)
+        summed = chord([here.task("add", n) for n in range(12)], here.task("total"), app=here.app)
+        results = [chained.apply_async(), together.apply_async(), summed.apply_async()]
+        assert results[0].get(timeout=60) == 111
+        assert results[1].get(timeout=60) == list(range(12))
+        assert results[2].get(timeout=60) == 66
+        assert here.fake.over == []
+
+
+def test_a_task_of_a_class() -> None:
+    with site({"rpm": 600}, ONE) as here:
+        here.worker(slots=1)
+        with busy(here, 2):
+            result = here.app.send_task("based", ["hello"])
+            assert result.get(timeout=30) == "echo: hello"
+            assert len(deliveries(here, result)) > 1
+
+
+def test_a_function_that_a_task_calls_waits_where_it_is() -> None:
+    """For the task would have to begin anew."""
+    with site({"rpm": 600}, ONE) as here:
+        here.worker(slots=1)
+        with busy(here, 2):
+            results = [here.send("calls_a_helper", "hello"), here.send("stays", 7)]
+            assert results[0].get(timeout=30) == "echo: hello"
+            assert here.notes("began") == ["hello"]
+            assert results[1].get(timeout=30) == "echo: 7"
+            assert [len(deliveries(here, result)) for result in results] == [1, 1]
+
+
+def test_a_long_cooldown_is_waited_for_in_steps() -> None:
+    """Each well under the visibility timeout, after which the broker delivers a task once more."""
+    with site({"rpm": 600}, ONE, broker_transport_options={"visibility_timeout": 4}) as here:
+        here.worker(slots=2)
+        with busy(here, 6):
+            result = here.send("ask", 1)
+            assert result.get(timeout=30) == "echo: 1"
+            times = [delivery["at"] for delivery in deliveries(here, result)]
+            assert len(times) >= 6
+            assert max(times[n + 1] - times[n] for n in range(len(times) - 1)) < 2
+            assert [number for number, _, _ in here.notes("runs")] == [1]
+
+
+def test_the_deadline_counts_from_the_first_delivery() -> None:
+    """The key has no time at which it comes back, so the task looks again and again, but not longer than max_wait."""
+    with site({"concurrency": 1}, ONE, broker_transport_options={"visibility_timeout": 2}) as here:
+        here.worker(slots=2)
+        with manager_of(here) as manager, manager.lease(model="gpt-4o"):
+            began = time.time()
+            result = here.send("impatient", 1)
+            with pytest.raises(Exception, match="max_wait") as raised:
+                result.get(timeout=30)
+            took = time.time() - began
+        assert type(raised.value) is Exhausted
+        assert 2.9 < took < 6
+        assert len(deliveries(here, result)) > 2
+
+
+def test_a_backoff_is_waited_for_in_the_queue_and_its_attempts_count() -> None:
+    with site({"rpm": 600}, ONE) as here:
+        here.worker(slots=1)
+        here.fake.fail(Failure.server_error(), times=None)
+        result = here.send("stubborn", 1)
+        until(lambda: len(deliveries(here, result)) == 2)
+        quick = time.time()
+        here.send("quick", quick)
+        until(lambda: here.notes("latencies"))
+        with pytest.raises(Exception, match=r"500|overloaded|error"):
+            result.get(timeout=30)
+        assert len(here.notes("tries")) == 3
+
+
+# A lease is settled, or expires.
+
+
+def used(manager: KeyManager) -> int:
+    """Slots that are taken."""
+    (key,) = manager.status().keys
+    return sum(meter.used for meter in key.meters if meter.limit_name == "concurrency")
+
+
+@pytest.mark.parametrize("how", ["soft limit", "hard limit", "revoked", "killed"])
+def test_a_task_that_is_ended_gives_its_slot_back(how: str) -> None:
+    """At once where it can still say so, else with the lease's ttl."""
+    with site({"concurrency": 1}, ONE, stable_openai_lease_ttl=2.0) as here, manager_of(here) as manager:
+        here.worker(slots=1)
+        limit = {"soft limit": {"soft_time_limit": 1}, "hard limit": {"time_limit": 1}}.get(how, {})
+        result = here.send("hold", 60, **limit)
+        until(lambda: here.notes("held"))
+        if how == "revoked":
+            here.app.control.revoke(result.id, terminate=True)
+        if how == "killed":
+            os.kill(deliveries(here, result)[0]["pid"], signal.SIGKILL)
+        with pytest.raises(Exception, match=r"Soft|TimeLimit|revoked|terminated|WorkerLost|signal"):
+            result.get(timeout=30)
+        with manager.lease(model="gpt-4o", max_wait=8):
+            pass
+        assert here.send("hold", 0).get(timeout=30) == "held"
+
+
+@pytest.mark.parametrize("who", ["child", "main"])
+def test_a_killed_worker_loses_no_task(who: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under acks_late, while its tasks wait in the queue and in its hands; and no limit is exceeded."""
+    often = {"visibility_timeout": 6, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    with site({"rpm": RPM, "burst_s": 1}, broker_transport_options=often, stable_openai_lease_ttl=3.0) as here:
+        killed, _ = here.worker(slots=4), here.worker(slots=4)
+        results = [here.send("ask", n) for n in range(100)]
+        until(lambda: len(here.notes("runs")) >= 20)
+        if who == "main":
+            os.killpg(killed.pid, signal.SIGKILL)
+        else:
+            children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+        answers = [result.get(timeout=90) for result in results]
+        runs = [number for number, _, _ in here.notes("runs")]
+        over = here.fake.over
+    assert answers == [f"echo: {n}" for n in range(100)]
+    assert set(runs) == set(range(100))
+    assert over == []
+    with capsys.disabled():
+        print(f"\n{who} killed: {len(runs) - 100} of 100 tasks ran twice")
+
+
+# Without a worker.
+
+
+@pytest.fixture
+def app() -> Iterator[Celery]:
+    made = Celery(broker="memory://", set_as_current=False)
+    yield made
+    made.close()
+
+
+def test_eager_and_direct_calls_are_as_without_celery(app: Celery) -> None:
+    manager = KeyManager(["sk-a"], limits=Limits(concurrency=1), pool="test-eager")
+    calls = []
+
+    @app.task(bind=True)
+    @stable(manager=manager, max_wait=1.5)
+    def ask(self: Any, number: int, api_key: str) -> str:
+        calls.append(self.request.called_directly)
+        return f"{number} {api_key}"
+
+    assert ask(1) == "1 sk-a"
+    app.conf.task_always_eager = True
+    assert ask.delay(2).get() == "2 sk-a"
+    assert calls == [True, False]
+    with manager.lease():
+        eager = ask.delay(3)
+        assert isinstance(eager.result, Exhausted)
+        with pytest.raises(Exhausted):
+            ask(4)
+    manager.close()
+
+
+def test_the_wrong_order_of_decorators_fails_when_it_decorates(app: Celery) -> None:
+    def ask(prompt: str, api_key: str) -> str:
+        return prompt
+
+    for lazy in (True, False):
+        task = app.task(ask, lazy=lazy, name=f"wrong-{lazy}")
+        with pytest.raises(ConfigurationError, match=r"@app\.task above @stable"):
+            stable(task)
+
+
+def test_celery_checks_arguments_as_the_caller_sees_them(app: Celery) -> None:
+    @app.task
+    @stable
+    def ask(prompt: str, api_key: str) -> str:
+        return prompt
+
+    app.conf.task_always_eager = True
+    with pytest.raises(TypeError, match="argument"):
+        ask.apply_async(("hello", "too many"))
+    with pytest.raises(TypeError, match="prompt"):
+        ask.apply_async(())
+
+
+def test_settings_make_the_pool(app: Celery) -> None:
+    app.conf.update(
+        stable_openai_keys="sk-a, sk-b",
+        stable_openai_redis="redis://:hunter2@127.0.0.1:1/0",
+        stable_openai_pool="test-settings",
+        stable_openai_limits={"rpm": 5},
+        stable_openai_models={"gpt-4o*": {"rpm": 7}},
+        stable_openai_max_wait=9.0,
+        stable_openai_lease_ttl=30.0,
+    )
+    manager = setup(app)
+    try:
+        assert (manager.pool, manager.max_wait) == ("test-settings", 9.0)
+        assert "keys=2, backend='redis'" in repr(manager)
+        assert "hunter2" not in app.conf.humanize(with_defaults=False)
+        assert "sk-a" not in app.conf.humanize(with_defaults=False)
+    finally:
+        manager.close()
+
+
+def test_settings_of_a_module_with_a_namespace(app: Celery) -> None:
+    class Module:
+        CELERY_STABLE_OPENAI_KEYS = ("sk-a",)
+        CELERY_STABLE_OPENAI_POOL = "test-module"
+
+    app.config_from_object(Module, namespace="CELERY")
+    manager = setup(app)
+    assert manager.pool == "test-module"
+    manager.close()
+
+
+def test_a_manager_that_has_been_made(app: Celery) -> None:
+    manager = KeyManager(["sk-a"], pool="test-made")
+    assert setup(app, manager) is manager
+    manager.close()
+
+
+@pytest.mark.parametrize("wrong", [-1, "1", True])
+def test_a_wait_that_is_wrong(app: Celery, wrong: Any) -> None:
+    app.conf.stable_openai_celery_wait = wrong
+    with pytest.raises(ConfigurationError, match="celery_wait"):
+        setup(app)
