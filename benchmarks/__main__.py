@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from benchmarks import clients, costs, load, soak, waking
+from benchmarks import clients, costs, load, soak, tasks, waking
 from benchmarks.soak_faults import FAULTS
 
 BENCHMARKS: dict[str, Callable[..., int]] = {
@@ -13,6 +13,7 @@ BENCHMARKS: dict[str, Callable[..., int]] = {
     "clients": clients.main,
     "waking": waking.main,
     "load": load.main,
+    "tasks": tasks.main,
     "soak": soak.main,
 }
 

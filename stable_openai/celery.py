@@ -92,8 +92,10 @@ def _without_password(url: str) -> str:
 
 
 def _before_the_fork(**_: Any) -> None:
-    """Load openai, which takes a second, once for all children."""
-    import openai  # noqa: F401
+    """Have openai and its client ready, which takes a second, once for all children (connections they make each)."""
+    from stable_openai._clients import shared_client
+
+    shared_client(False)
 
 
 def _is_ours(brought: Any, request: Any) -> bool:

@@ -8,6 +8,7 @@ import os
 import time
 from typing import Any
 
+import openai
 import redis
 from celery import Celery, Task, signals
 from tenacity import stop_after_attempt, wait_fixed
@@ -42,6 +43,7 @@ def note(name: str, what: Any) -> None:
 @signals.task_prerun.connect  # type: ignore[untyped-decorator]
 def delivered(task: Task, task_id: str, **_: Any) -> None:
     request = task.request
+    request.began = time.monotonic()
     note(
         f"deliveries:{task_id}",
         {
@@ -60,6 +62,12 @@ def delivered(task: Task, task_id: str, **_: Any) -> None:
             "pid": os.getpid(),
         },
     )
+
+
+@signals.task_postrun.connect  # type: ignore[untyped-decorator]
+def ended(task: Task, task_id: str, **_: Any) -> None:
+    if task.name != quick.name:
+        note("held_s", time.monotonic() - task.request.began)
 
 
 def chat(client: Any, text: str) -> str:
@@ -148,7 +156,23 @@ def calls_a_helper(text: str) -> str:
 @app.task(celery_wait=None)
 @stable(model=MODEL)
 def stays(number: int, client: Any) -> str:
-    return chat(client, str(number))
+    answer = chat(client, str(number))
+    note("runs", [number, 0, time.time()])
+    return answer
+
+
+def keeps_to_rate_limit(self: Task, number: int) -> str:
+    """As it is done without a broker: each key in its turn, tried again after a refusal."""
+    keys = FAKE["keys"]
+    with openai.OpenAI(api_key=keys[number % len(keys)], base_url=FAKE["url"], max_retries=0) as client:
+        answer = chat(client, str(number))
+    note("runs", [number, self.request.retries, time.time()])
+    return answer
+
+
+BY_HAND = {"autoretry_for": (openai.RateLimitError,), "retry_backoff": True, "max_retries": 20}
+limited = app.task(bind=True, name="limited", rate_limit="600/m", **BY_HAND)(keeps_to_rate_limit)
+unlimited = app.task(bind=True, name="unlimited", **BY_HAND)(keeps_to_rate_limit)
 
 
 @app.task
