@@ -15,6 +15,7 @@ Without a worker (a direct call, `task_always_eager`) all is as without Celery.
 
 from __future__ import annotations
 
+import math
 import random
 from time import time
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from celery.exceptions import Reject, Retry
 from stable_openai._limits import Limits
 from stable_openai._postpone import Place, Postponed, Visit, new_place
 from stable_openai.errors import ConfigurationError
-from stable_openai.manager import KeyManager
+from stable_openai.manager import KeyManager, check_number
 
 if TYPE_CHECKING:
     from celery import Task
@@ -36,7 +37,7 @@ __all__ = ["Delivery", "delivery_of", "setup"]
 HEADER = "stable_openai"
 PREFIX = "stable_openai_"
 WAIT_S = 1.0
-OPTIONS = ("pool", "limits", "models", "on_redis_down", "lease_ttl", "max_wait", "headroom_s")
+OPTIONS = ("pool", "limits", "models", "on_redis_down", "lease_ttl", "max_wait", "headroom_s", "on_wait")
 # A message that waits in a worker for longer than the visibility timeout is delivered once more; an hour, unless told.
 STEP_S, STEPS, VISIBILITY_S = 60.0, 4, 3600.0
 SCATTER = 0.1
@@ -47,7 +48,7 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
 
     The settings are `stable_openai_keys` (a list of strings and `Key`, or a text with commas), `stable_openai_redis`,
     and as `KeyManager` has them `stable_openai_pool`, `_limits` (a `Limits` or a dict), `_models`, `_on_redis_down`,
-    `_lease_ttl`, `_max_wait` and `_headroom_s`; without keys, what `KeyManager()` finds. `stable_openai_celery_wait` is
+    `_lease_ttl`, `_max_wait`, `_headroom_s` and `_on_wait`; without keys, what `KeyManager()` finds. `stable_openai_celery_wait` is
     for how many seconds a task may wait in its worker (1; None: always there); `@app.task(celery_wait=...)` for one.
 
     Args:
@@ -56,9 +57,7 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
     Returns the manager, which a bare @stable finds by itself. Raises ConfigurationError. Does no I/O.
     """
     conf = app.conf
-    wait = conf.get(PREFIX + "celery_wait", WAIT_S)
-    if wait is not None and (isinstance(wait, bool) or not isinstance(wait, (int, float)) or wait < 0):
-        raise ConfigurationError(PREFIX + "celery_wait", "must be a number of seconds, or None")
+    _checked(conf.get(PREFIX + "celery_wait", WAIT_S))
     if manager is None:
         keys, redis = conf.get(PREFIX + "keys"), conf.get(PREFIX + "redis")
         given = {name: conf[PREFIX + name] for name in OPTIONS if conf.get(PREFIX + name) is not None}
@@ -82,8 +81,17 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
     return manager
 
 
+def _checked(wait: Any) -> float | None:
+    if wait is not None:
+        check_number("celery_wait", wait, 0, math.inf)
+    return wait  # type: ignore[no-any-return]  # it is a number
+
+
 def _limits(given: Limits | dict[str, Any]) -> Limits:
-    return given if isinstance(given, Limits) else Limits(**given)
+    try:
+        return given if isinstance(given, Limits) else Limits(**given)
+    except TypeError as error:
+        raise ConfigurationError("limits", f"must be a Limits(...), or a dict of its arguments ({error})") from None
 
 
 def _without_password(url: str) -> str:
@@ -135,7 +143,7 @@ class Delivery:
 
     def visit(self) -> Visit | None:
         """How the call that is the task waits; None: where it is."""
-        wait = getattr(self.task, "celery_wait", self.task.app.conf.get(PREFIX + "celery_wait", WAIT_S))
+        wait = _checked(getattr(self.task, "celery_wait", self.task.app.conf.get(PREFIX + "celery_wait", WAIT_S)))
         if wait is None:
             return None
         brought = self.brought

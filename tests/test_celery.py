@@ -372,8 +372,11 @@ def test_a_manager_that_has_been_made(app: Celery) -> None:
     manager.close()
 
 
-@pytest.mark.parametrize("wrong", [-1, "1", True])
-def test_a_wait_that_is_wrong(app: Celery, wrong: Any) -> None:
-    app.conf.stable_openai_celery_wait = wrong
-    with pytest.raises(ConfigurationError, match="celery_wait"):
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("celery_wait", -1), ("celery_wait", "1"), ("celery_wait", True), ("limits", {"rps": 1}), ("limits", 5)],
+)
+def test_a_setting_that_is_wrong(app: Celery, name: str, wrong: Any) -> None:
+    app.conf[f"stable_openai_{name}"] = wrong
+    with pytest.raises(ConfigurationError, match=name):
         setup(app)
