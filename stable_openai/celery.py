@@ -48,8 +48,9 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
 
     The settings are `stable_openai_keys` (a list of strings and `Key`, or a text with commas), `stable_openai_redis`,
     and as `KeyManager` has them `stable_openai_pool`, `_limits` (a `Limits` or a dict), `_models`, `_on_redis_down`,
-    `_lease_ttl`, `_max_wait`, `_headroom_s` and `_on_wait`; without keys, what `KeyManager()` finds. `stable_openai_celery_wait` is
-    for how many seconds a task may wait in its worker (1; None: always there); `@app.task(celery_wait=...)` for one.
+    `_lease_ttl`, `_max_wait`, `_headroom_s` and `_on_wait`; without keys, what `KeyManager()` finds.
+    `stable_openai_celery_wait` is for how many seconds a task may wait in its worker (1; None: always there);
+    `@app.task(celery_wait=...)` is for one task.
 
     Args:
         manager: a pool that has been made, instead of one from the settings.
