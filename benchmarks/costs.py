@@ -179,10 +179,11 @@ def in_memory(rounds: int, pairs: int) -> None:
     worker, backend = manager._worker, manager._backend
     manager.check()
     to = worker.registration("-")
+    birth = worker.birth_of(to)
     numbers = itertools.count()
 
     def pair() -> None:
-        lease = backend.run(Acquire(to, TTL_MS, (Ask(f"bench:{next(numbers)}", 0, "-"),), ALONE)).answers[0]
+        lease = backend.run(Acquire(to, TTL_MS, (Ask(f"bench:{next(numbers)}", 0, "-"),), ALONE, birth)).answers[0]
         backend.run(Settle(to, TTL_MS, (Closing(lease.id, lease.account, lease.key, "-", "ok"),)))
 
     limiter, limit = MovingWindowRateLimiter(MemoryStorage()), RateLimitItemPerMinute(10**9)

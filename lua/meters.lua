@@ -133,7 +133,8 @@ local function make_windows(class)
         for _ = 2, a[6 + 2 * i] do
           local delta, amount, _, following = entry(m[5], place, q[4 * i + 2])
           place, time = following, time + delta
-          if time + period <= now then sum = sum - amount end
+          if time + period > now then return sum end
+          sum = sum - amount
         end
         return a[6 + 2 * i] > 0 and m[3] + period <= now and sum - m[4] or sum
       end,

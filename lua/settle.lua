@@ -9,7 +9,8 @@
 --       quota, as far as the worker knows (one a line; they are read where it is 'limited')
 -- REPLY {}: the class was lost, register first; or for each lease 3: 0 done, 1 late (it had expired), 2 gone (settled before,
 --       or never granted); advice: '' none, 'out' this put the scope out, 'fault' all keys fail alike, 'unknown' nobody has
---       served this model, 'healed' those who wait for other classes should be woken; days seen
+--       served this model, 'healed' those who wait for other classes should be woken; days seen, if they are not those of the
+--       grant
 
 local expiry, index, ttl, reply, freed = KEYS[3], KEYS[4], tonumber(ARGV[2]), {}, 0
 load(pool, {'m', 'auth', 'breaker', 'a:' .. ARGV[6], 'k:' .. ARGV[7]})
@@ -71,7 +72,9 @@ for i = 5, #ARGV, 10 do
       redis.call('ZREM', expiry, id)
     end
     local q = quota_of(class, account)
-    reply[n + 3] = days_seen(account_of(class, account, q), q, class)
+    if outcome == 'unsent' or q[2] == 1 or tokens and tokens > lease[2] then
+      reply[n + 3] = days_seen(account_of(class, account, q), q, class)
+    end
     reply[n + 2] = conclude(id, lease, account, lease[7], ARGV[i + 3], outcome, ARGV[i + 6], tonumber(ARGV[i + 7]),
       ARGV[i + 9], index)
   elseif not lease and get(class, 'q') then

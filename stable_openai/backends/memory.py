@@ -353,7 +353,9 @@ class MemoryBackend:
         else:
             del known.leases[closing.id]
             known.expiry.drop(closing.id)
-        days = known.look(lease.account, pool).days_seen(pool.now)
+        account = known.look(lease.account, pool)
+        amended = closing.outcome == "unsent" or (closing.tokens is not None and closing.tokens > lease.tokens)
+        days = account.days_seen(pool.now) if amended or account.quota[1] else ""
         return Settled(int(late), conclude(pool, known, index, key_count, closing, lease), days)
 
     def _bury(self, known: ModelClass, id: str, ttl: int) -> None:
