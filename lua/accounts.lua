@@ -1,7 +1,7 @@
 -- accounts.lua: an account of a class, its leases and when it can serve.
 
 local LIVE, EXPIRED, TOMB = 1, 2, 3
-local SETTLING, REGATHERING, UNHEARD, DAY = 2000, 8000, 250, 86400000
+local REGATHERING, UNHEARD, DAY = 8000, 250, 86400000
 local ACCOUNT, LEASE, LEARNED = '<ddddddddddddddd', '<dddddssd', '<Bddddd'
 local accounts, quotas, touched = {}, {}, {}
 

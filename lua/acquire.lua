@@ -7,7 +7,7 @@
 --       can serve, accounts to try first, accounts that must not serve (one a line), band (plus 4: large, it may hold an
 --       account). None: the line has ended
 -- REPLY {1}: register first; or {0, now, how many of the line can be served in time (-1: all, or it is not known; of a
---       ticket, how many come earlier), ms until the last of it could be}, then for each request 5 more:
+--       ticket, how many came before it), ms until the last of it could be}, then for each request 5 more:
 --       1, key, account, 0, days seen    granted (again, where the id is live: '' for days)
 --       0, ms to wait, reason, how, account that is next    refused; how 1: can be served then, 0: not before then, 2:
 --                                        look again then

@@ -10,13 +10,9 @@
 -- A roster is a zset: members are id, space, what it can share, scores when they attended last; '' when it changed.
 local roster, id, shares, period = KEYS[2], ARGV[2], ARGV[3], ARGV[4] ~= '' and tonumber(ARGV[4])
 redis.call('PEXPIRE', roster, KEEP)   -- a server that is out of memory lets write who has begun to
-local meta, away = get(KEYS[1], 'm'), tonumber(ARGV[6])
+local away = tonumber(ARGV[6])
 tick(KEYS[1])
-local _, last = struct.unpack('<dd', meta or struct.pack('<dd', 0, 0))
-if away > 0 and last <= now - away then   -- nor could anybody else
-  put(KEYS[1], 'back', ('%.17g'):format(now))
-end
-local me, since, changed, names = id .. ' ' .. shares, now, false, {}
+local me, since, changed, names, others = id .. ' ' .. shares, now, false, {}, false
 local known = redis.call('ZRANGE', roster, 0, -1, 'WITHSCORES')
 for n = 1, #known, 2 do
   local member, at = known[n], tonumber(known[n + 1])
@@ -25,6 +21,12 @@ for n = 1, #known, 2 do
     redis.call('ZREM', roster, member)
     changed = true
   elseif member ~= me then names[#names + 1] = member end
+  others = others or member ~= '' and member ~= me and at > now - away + SETTLING and at < now - SETTLING
+end
+-- Nor could anybody else reach us, unless one was here in the midst of it (what comes at the end may have been kept waiting).
+local back = tonumber(get(KEYS[1], 'back') or nil)
+if away > 0 and not others and not (back and back <= now and back > now - away) then
+  put(KEYS[1], 'back', ('%.17g'):format(now))
 end
 if period then
   changed = redis.call('ZADD', roster, now, me) == 1 or changed

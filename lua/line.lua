@@ -229,8 +229,8 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
   end
 
   -- Keep the claim, with when to ask again (nil: at once) and why, or drop it where nobody waits any more; and pass on
-  -- what this worker cannot use. Returns how many can be served in time, and when the last; for a ticket, how many of
-  -- them come earlier.
+  -- what this worker cannot use. Returns how many can be served in time, and when the last; for a ticket, how many
+  -- of them came before it.
   function line.save(wakes, wait, why, loose, model)
     local left, count, last = 0, -1, -1
     for b = 0, 3 do
@@ -256,7 +256,7 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
       if ticket then
         count = 0
         for _, claim in ipairs(others) do
-          if claim[1]:sub(1, 1) == 't' and claim[3] < mine[3] then count = count + 1 end
+          if claim[1]:sub(1, 1) == 't' and claim[1] < id then count = count + 1 end
         end
       end
       if tickets > TICKETS then table.remove(all, last_of_them) end

@@ -28,10 +28,24 @@ for _, day in ipairs(cjson.decode(ARGV[6])) do
   touched[account] = true
 end
 
--- Leases are live again, and charged to nothing: their minutes are taken for used, their days have been seen.
+-- Leases are live again, and charged to nothing: their minutes are taken for used, their days have been seen. So are those
+-- that have expired meanwhile; where tokens are charged by use, what that charged is taken back.
 for _, known in ipairs(cjson.decode(ARGV[7])) do
   local id, account, key, tokens, granted = unpack(known)
-  if not lease_of(class, id) then
+  local lease = lease_of(class, id)
+  if lease and lease[1] == LIVE and (lease[6] ~= account or lease[7] ~= key) then
+    refund(class, lease[6], lease)   -- what is told came to be elsewhere: our answer was lost
+    lease = nil
+  elseif lease and lease[1] == EXPIRED then   -- it could not be renewed
+    local q = quota_of(class, lease[6])
+    local a = account_of(class, lease[6], q)
+    for i = 3, q[2] == 1 and 4 or 0 do
+      if q[4 * i - 1] > 0 then amend(a, i, q, -lease[2], lease[4] - 2 * ttl, class) end
+    end
+    touched[lease[6]] = true
+    lease = nil
+  end
+  if not lease then
     local q = quota_of(class, account)
     local a = account_of(class, account, q)
     a[1] = a[1] + 1

@@ -281,7 +281,9 @@ class OneCall:
             return self.run()
         except Postponed as later:
             assert delivery is not None
-            raise delivery.postponed(later) from None
+            delivery.postpone(later)
+            self.visit, self.since_s = None, delivery.since_s
+        return self.run()  # where it is
 
     async def arun(self) -> Any:
         flow, worker, backend = self.flow(), self.worker, self.backend

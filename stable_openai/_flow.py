@@ -93,14 +93,18 @@ def call(
     began = now - since_s
     deadline = began + request.max_wait
     avoid: tuple[str, ...] = ()
-    missing: list[str] = []
+    missing = list(visit.place.missing) if visit else []
     moves, attempts = (visit.place.moves, visit.place.attempts) if visit else (0, 0)
     error: BaseException | None = None
     waited: Waiter | None = None
+    if visit and visit.rest_s > visit.patience_s:
+        raise Postponed(visit.rest_s, "the next attempt", visit.place, rests=True)
+    if visit and visit.rest_s > 0:
+        now, _ = yield Sleep(visit.rest_s)
     while True:
         never = tuple(missing)
         if visit:
-            visit = visit.after(attempts, moves)
+            visit = visit.after(attempts, moves, never)
             now, lease, visit = yield from obtain_or_postpone(
                 worker, request, visit, began, now, deadline, avoid=avoid, never=never, error=error
             )
@@ -159,7 +163,8 @@ def call(
         if now + pause > deadline:
             return outcome
         if visit and pause > visit.patience_s:
-            raise Postponed(pause, verdict.reason, visit.after(attempts, moves).place) from error
+            place = visit.after(attempts, moves, tuple(missing)).place
+            raise Postponed(pause, verdict.reason, place, rests=True) from error
         if pause > 0:
             now, _ = yield Sleep(pause)
 

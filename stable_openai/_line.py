@@ -28,7 +28,7 @@ from typing import Any
 from stable_openai._ops import LARGE, Acquired, Answer, Ask, Demand, Granted, Refused, Registration
 from stable_openai._waiter import BANDS, Moved, Waiter, Waiting
 
-__all__ = ["LARGE_AFTER_MS", "NO_ROOM", "RISE_MS", "Line", "of_one"]
+__all__ = ["LARGE_AFTER_MS", "NO_ROOM", "POLL_S", "RISE_MS", "Line", "of_one"]
 
 ONE = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))
 RISE_MS = 30_000

@@ -325,7 +325,7 @@ Answer = Granted | Refused | Gone | TooLarge
 class Acquired(NamedTuple):
     """`now_ms` is the pool's time; `in_time` how many of the line can be served before the last of them gives up (-1:
     all, or it is not known), `last_ms` until the last of them would be. For a ticket (see lua/line.lua) `in_time` is
-    how many tickets come earlier."""
+    how many tickets came before it."""
 
     now_ms: int
     in_time: int

@@ -3,21 +3,24 @@
 A generator of a flow, without I/O (see `_obtain.py`). It asks for itself, sleeps where its turn comes soon, and else
 raises Postponed: whoever called it is to make the call again after so many seconds, with the Place that it is given.
 
-SOON is within the call's patience for the one whose turn is next, and for the others within 0.1 s: otherwise a few that
-wait for a second each would hold all slots of the workers, one after the other, for as long as there is a line.
+SOON is within the call's patience for the first four, and for the others within 0.1 s: otherwise a few that wait for a
+second each would hold all slots of the workers, one after the other, for as long as there is a line. Where no time is
+known, as for a slot of `concurrency`, the first four look four times a second meanwhile.
 
 THE PLACE. The store keeps a claim of one request for the call (lua/line.lua), valid until a second after the time that
 it was told. The claim's id says when the call asked first, by the store's clock; of such claims whoever asked first has
-its turn first, also where it comes too late and has lost the claim. The store keeps so those of the first 128.
+its turn first, also where it comes too late and has lost the claim. The store keeps so those of the first 128; the
+others, which are told of the turn behind these, come again ever more seldom.
 """
 
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from stable_openai._line import LARGE_AFTER_MS, NO_ROOM, RISE_MS, of_one
+from stable_openai._line import LARGE_AFTER_MS, NO_ROOM, POLL_S, RISE_MS, of_one
 from stable_openai._obtain import ASK_AGAIN_S, Sleep, give_up, if_all_disabled, taken
 from stable_openai._ops import Gone, Granted, Refused
 from stable_openai._waiter import Request, Waiter
@@ -26,34 +29,41 @@ from stable_openai.errors import BrokerUnavailable
 
 __all__ = ["Place", "Postponed", "Visit", "new_place", "obtain_or_postpone"]
 
-SOON_S = 0.1
+SOON_S, LOOKS_S = 0.1, 0.25
+FIRST, KEPT = 4, 128  # of those that the store keeps (TICKETS of lua/line.lua)
+MOST_DOUBLED = 5
 
 
 class Place(NamedTuple):
-    """What a call that comes again brings along: the id of its claim, how many attempts and moves it has made, and
-    whether it was refused for its size."""
+    """What a call that comes again brings along: the id of its claim; how many attempts and moves it has made; whether
+    it was refused for its size; how often its claim was not kept, one time after the other; and the accounts that do
+    not know its model."""
 
     claim: str
     attempts: int = 0
     moves: int = 0
     short: bool = False
+    unkept: int = 0
+    missing: tuple[str, ...] = ()
 
 
 class Visit(NamedTuple):
-    """A call that may be postponed: how long it may wait here at a time, in s, and the place that it has."""
+    """A call that may be postponed: how long it may wait here at a time, in s; the place that it has; and how long it
+    is to rest before its next attempt, in s."""
 
     patience_s: float
     place: Place
+    rest_s: float = 0.0
 
-    def after(self, attempts: int, moves: int) -> Visit:
-        return self._replace(place=self.place._replace(attempts=attempts, moves=moves))
+    def after(self, attempts: int, moves: int, missing: tuple[str, ...]) -> Visit:
+        return self._replace(place=self.place._replace(attempts=attempts, moves=moves, missing=missing))
 
 
 class Postponed(Exception):
-    """The call's turn comes later than it may wait here: in so many seconds, and why."""
+    """The call's turn comes later than it may wait here: in so many seconds, and why; or it is to rest for so long."""
 
-    def __init__(self, seconds: float, reason: str, place: Place) -> None:
-        self.seconds, self.reason, self.place = seconds, reason, place
+    def __init__(self, seconds: float, reason: str, place: Place, rests: bool = False) -> None:
+        self.seconds, self.reason, self.place, self.rests = seconds, reason, place, rests
         super().__init__(f"a key in {seconds:.1f} s ({reason})")
 
 
@@ -94,7 +104,8 @@ def obtain_or_postpone(
             now, _ = yield Sleep(0)  # it has taken its time
             if worker.on_redis_down == "raise" or now + ASK_AGAIN_S > deadline:
                 raise
-            wait, reason, stays_s = ASK_AGAIN_S, "redis", visit.patience_s
+            wait, reason, stays_s = POLL_S * random.uniform(0.5, 1), "redis", 0.0
+            wait = min(wait, deadline - now)
         except BaseException as stop:
             worker.disown(to, waiter, isinstance(stop, GeneratorExit))
             raise
@@ -108,9 +119,14 @@ def obtain_or_postpone(
             late = now >= deadline or (answer.timed and now + wait > deadline)
             if late or (yield from if_all_disabled(worker, request, answer)):
                 yield from give_up(worker, request, answer, now, error)
-            wait = min(wait, deadline - now)
-            stays_s = visit.patience_s if reply.in_time <= 0 else min(visit.patience_s, SOON_S)
-            place = place._replace(claim=_dated(place.claim, reply.now_ms), short=reason in NO_ROOM)
+            first, unkept = reply.in_time < FIRST, place.unkept + 1 if reply.in_time >= KEPT else 0
+            stays_s = visit.patience_s if first else min(visit.patience_s, SOON_S)
+            place = place._replace(claim=_dated(place.claim, reply.now_ms), short=reason in NO_ROOM, unkept=unkept)
+            if not answer.timed and first and now + LOOKS_S <= came + stays_s:
+                wait = min(wait, LOOKS_S)
+            elif not answer.timed or unkept:
+                wait *= random.uniform(0.5, 1) * 2 ** min(max(0, unkept - 1), MOST_DOUBLED)
+            wait = max(0.0, min(wait, deadline - now))
         if now + wait > came + stays_s:
             raise Postponed(wait, reason, place) from error
         now, _ = yield Sleep(wait)

@@ -57,6 +57,7 @@ LONGEST_HOLD_MS = 900_000
 BATCH = 200
 ATTENDS_S = 5.0  # REGATHERING of lua/accounts.lua is longer
 FORGETS_S = 86_400.0  # a class that nobody has used for longer has ended by itself
+SEEN_A_SECOND = 50  # accounts, of whose days a worker keeps itself informed
 MANY_LINES = 64
 MANY_MODELS = 512  # that users name: of more, not all are remembered
 MOST_DISOWNED = 1000
@@ -93,16 +94,26 @@ class Standing:
     """What is known of a class in the store: a ring of it, what it is called there, when it last was (by the drivers'
     clock), and what was used of each account's days."""
 
-    __slots__ = ("at", "birth", "days", "to")
+    __slots__ = ("at", "birth", "days", "look_at", "to")
 
     def __init__(self, to: Registration, birth: str, at: float, days: dict[str, str]) -> None:
         self.to, self.birth, self.at, self.days = to, birth, at, days
+        self.look_at = 0.0
 
     def see(self, snapshot: Snapshot) -> None:
-        """Take the days of accounts that have not been seen so far."""
         for account, row in snapshot.accounts.items():
             requests, tokens = (row.meters[name][0] if name in row.meters else 0 for name in ("rpd", "tpd"))
-            self.days.setdefault(account, f"{snapshot.now_ms} {requests:.17g} {tokens:.17g}")
+            self.note(account, f"{snapshot.now_ms} {requests:.17g} {tokens:.17g}")
+
+    def note(self, account: str, days: str) -> None:
+        """Of what the store said of days at different times, some may come late: the last that it said counts."""
+        known = self.days.get(account)
+        if known is None or _order(days) >= _order(known):
+            self.days[account] = days
+
+
+def _order(days: str) -> tuple[float, ...]:
+    return tuple(map(float, days.split()))
 
 
 _inherited: list[Any] = []
@@ -277,16 +288,24 @@ class Worker:
         """Be in the pool's roster; where the store has lost a class, tell it what is known here; and see all days once,
         for the times when it is away."""
         if not (self.attends or leave):
+            self.attend_at = math.inf
             return
         self.attend_at = math.inf if leave else time.monotonic() + ATTENDS_S
         known = dict(self._standings)
         _, roster = yield self.attendance(leave)
         for name in roster.lost if self.attends else ():
             yield from self.register(known[name].to)
-        for standing in tuple(self._standings.values()) if self.attends else ():
-            if any(member.account not in standing.days for member in standing.to.counts_days()):
-                _, snapshot = yield Inspect(standing.to, self.ttl_ms)
-                standing.see(snapshot)
+        for standing in tuple(self._standings.values()) if self.attends and roster.rank >= 0 else ():
+            if standing.look_at <= time.monotonic() and standing.to.counts_days():
+                yield from self.see_days(standing.to)
+
+    def see_days(self, to: Registration) -> Steps:
+        """See what all workers have used of the days: seldom where accounts are many, since it is of all of them."""
+        standing = self._standings.get(to.model_class)
+        if standing is not None and to.counts_days():
+            _, snapshot = yield Inspect(to, self.ttl_ms)
+            standing.see(snapshot)
+            standing.look_at = time.monotonic() + len(to.members) / SEEN_A_SECOND
 
     def attendance(self, leave: bool = False) -> Attend:
         import hashlib  # here, so that importing the package stays quick
@@ -296,7 +315,7 @@ class Worker:
         births = tuple(
             (name, standing.birth)
             for name, standing in tuple(self._standings.items())
-            if time.monotonic() - standing.at < FORGETS_S
+            if standing.birth and time.monotonic() - standing.at < FORGETS_S
         )
         return Attend(self.pool, self.id, shares, 0 if leave else round(ATTENDS_S * 1000), births)
 
@@ -353,7 +372,7 @@ class Worker:
                     raise BrokerUnavailable("the store grants a key that nobody holds; who else writes to it?")
                 self.live[answer.id] = Held(to, now, answer, ask.tokens, reply.now_ms)
                 if answer.days:
-                    standing.days[answer.account] = answer.days
+                    standing.note(answer.account, answer.days)
                 heartbeat.watch(self)
         return now, reply
 
@@ -425,6 +444,7 @@ class Worker:
                 self.live.pop(lease.id, None)
                 _, replies = yield Settle(to, self.ttl_ms, (closing,))
         except BaseException as error:
+            self.live[lease.id] = held  # so that it is restored, if the store has lost it
             self.pending.append((to, closing))  # settled twice is settled once
             if not isinstance(error, BrokerUnavailable):
                 raise
@@ -443,7 +463,7 @@ class Worker:
     def _note_days(self, to: Registration, account: str, days: str) -> None:
         standing = self._standings.get(to.model_class)
         if days and standing is not None:
-            standing.days[account] = days
+            standing.note(account, days)
 
     def _log_lost(self, closing: Closing) -> None:
         log.warning("lease.lost pool=%s lease=%s key=%s", self.pool, closing.id, self.label(closing.key))

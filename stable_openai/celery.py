@@ -15,14 +15,15 @@ Without a worker (a direct call, `task_always_eager`) all is as without Celery.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from time import time
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from celery import Celery, current_task, signals
-from celery.exceptions import Reject, Retry
+from celery.exceptions import Retry, SoftTimeLimitExceeded
 
 from stable_openai._limits import Limits
 from stable_openai._postpone import Place, Postponed, Visit, new_place
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Delivery", "delivery_of", "setup"]
 
+log = logging.getLogger("stable_openai.celery")
 HEADER = "stable_openai"
 PREFIX = "stable_openai_"
 WAIT_S = 1.0
@@ -41,6 +43,8 @@ OPTIONS = ("pool", "limits", "models", "on_redis_down", "lease_ttl", "max_wait",
 # A message that waits in a worker for longer than the visibility timeout is delivered once more; an hour, unless told.
 STEP_S, STEPS, VISIBILITY_S = 60.0, 4, 3600.0
 SCATTER = 0.1
+
+_urls: dict[str, str] = {}  # by what is shown of them
 
 
 def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
@@ -61,6 +65,7 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
     _checked(conf.get(PREFIX + "celery_wait", WAIT_S))
     if manager is None:
         keys, redis = conf.get(PREFIX + "keys"), conf.get(PREFIX + "redis")
+        redis = _urls.get(redis, redis) if isinstance(redis, str) else redis  # of an app that is set up once more
         given = {name: conf[PREFIX + name] for name in OPTIONS if conf.get(PREFIX + name) is not None}
         if "limits" in given:
             given["limits"] = _limits(given["limits"])
@@ -70,7 +75,9 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
             keys = [key.strip() for key in keys.split(",") if key.strip()]
         manager = KeyManager(keys, redis, **given)
         if isinstance(redis, str):  # `celery report` prints settings: it masks those named ..._keys, but not this one
-            conf[PREFIX + "redis"] = _without_password(redis)
+            shown = _without_password(redis)
+            _urls[shown] = redis
+            conf[PREFIX + "redis"] = shown
     close = manager.close
 
     def ended(**_: Any) -> None:
@@ -97,7 +104,8 @@ def _limits(given: Limits | dict[str, Any]) -> Limits:
 
 def _without_password(url: str) -> str:
     parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    query = [(name, value) for name, value in parse_qsl(parts.query) if name not in ("password", "username")]
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=urlencode(query)))
 
 
 def _before_the_fork(**_: Any) -> None:
@@ -113,6 +121,7 @@ def _is_ours(brought: Any, request: Any) -> bool:
         and brought.get("id") == request.id
         and brought.get("retries") == request.retries
         and isinstance(brought.get("first"), (int, float))
+        and isinstance(brought.get("until"), (int, float))
         and isinstance(brought.get("place"), list)
         and len(brought["place"]) == len(Place._fields)
     )
@@ -123,8 +132,17 @@ def delivery_of(function: object) -> Delivery | None:
     task = current_task._get_current_object()
     if task is None or task.request.called_directly or task.request.is_eager:
         return None
-    body = getattr(task, "_orig_run", task.run)  # (autoretry_for= wraps it)
-    return Delivery(task) if getattr(body, "__func__", body) is function else None
+    return Delivery(task) if _runs(task.run, function) else None
+
+
+def _runs(body: Any, function: object) -> bool:
+    """Whether a task's body is a function, or wraps it as autoretry_for= and pydantic= do (which pass Retry on)."""
+    while body is not None:
+        body = getattr(body, "__func__", body)
+        if body is function:
+            return True
+        body = getattr(body, "__wrapped__", None)
+    return False
 
 
 class Delivery:
@@ -133,6 +151,7 @@ class Delivery:
     def __init__(self, task: Task) -> None:
         self.task = task
         request = task.request
+        self.at = time()
         brought = getattr(request, HEADER, None)
         # What else has these headers is another task (of a chain, say), or the user's own retry.
         self.brought = brought if _is_ours(brought, request) else None
@@ -140,7 +159,7 @@ class Delivery:
     @property
     def since_s(self) -> float:
         """How long ago it was delivered first, by the clocks of the hosts, by which Celery counts its countdowns."""
-        return max(0.0, time() - self.brought["first"]) if self.brought else 0.0
+        return max(0.0, self.at - self.brought["first"]) if self.brought else 0.0
 
     def visit(self) -> Visit | None:
         """How the call that is the task waits; None: where it is."""
@@ -148,24 +167,34 @@ class Delivery:
         if wait is None:
             return None
         brought = self.brought
-        return Visit(wait, Place(*brought["place"]) if brought else new_place())
+        if not brought:
+            return Visit(wait, new_place())
+        place = Place(*brought["place"])
+        rest_s = brought["until"] - self.at
+        return Visit(wait, place._replace(missing=tuple(place.missing)), rest_s)
 
-    def postponed(self, later: Postponed) -> Exception:
-        """Send the task back to the queue; what the task is to raise then."""
+    def postpone(self, later: Postponed) -> None:
+        """Send the task back to the queue, and raise what says so. Where it cannot be sent, this returns."""
         task, request = self.task, self.task.request
         options = task.app.conf.broker_transport_options or {}
-        longest = min(STEP_S, float(options.get("visibility_timeout", VISIBILITY_S)) / STEPS)
+        longest = min(STEP_S, float(options.get("visibility_timeout") or VISIBILITY_S) / STEPS)
         seconds = later.seconds
         if seconds > longest:  # so do others: not all at the same time
             seconds = longest * random.uniform(1 - SCATTER, 1)
-        first = self.brought["first"] if self.brought else time()
-        header = {"id": request.id, "retries": request.retries, "first": first, "place": list(later.place)}
-        headers = {**(request.headers or {}), HEADER: header}
+        header = {
+            "id": request.id,
+            "retries": request.retries,
+            "first": self.brought["first"] if self.brought else self.at,
+            "until": time() + later.seconds if later.rests else 0.0,
+            "place": list(later.place),
+        }
+        headers = {**(request.as_execution_options()["headers"] or {}), HEADER: header}  # without a broker's own
         again = task.signature_from_request(request, countdown=seconds, retries=request.retries, headers=headers)
         try:
             again.apply_async(add_to_parent=False)
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:
-            rejected: Exception = Reject(error, requeue=True)
-            return rejected
-        retried: Exception = Retry(f"{later}: back to the queue", when=seconds, sig=again)
-        return retried
+            log.warning("task.stays task=%s id=%s error=%s", task.name, request.id, type(error).__name__)
+            return
+        raise Retry(f"{later}: back to the queue", when=seconds, sig=again)

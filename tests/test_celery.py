@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from celery import Celery, chain, chord, group
 
 from stable_openai import ConfigurationError, Exhausted, Key, KeyManager, Limits, stable
-from stable_openai.celery import setup
+from stable_openai.celery import _runs, setup
 from stable_openai.testing import Failure
 from tests.celery_site import ROOT, Site, latencies, said, site
 from tests.faults.servers import until
@@ -229,6 +230,28 @@ def test_a_backoff_is_waited_for_in_the_queue_and_its_attempts_count() -> None:
         assert len(here.notes("tries")) == 3
 
 
+def test_slots_of_concurrency_are_taken_as_they_come_free() -> None:
+    """There is no time at which one does, so the first few look often."""
+    with site({"concurrency": 1}, ONE) as here:
+        here.worker(slots=4)
+        began = time.monotonic()
+        results = [here.send("hold", 0.2) for _ in range(20)]
+        assert [result.get(timeout=60) for result in results] == ["held"] * 20
+        assert time.monotonic() - began < 20
+
+
+def test_a_task_that_cannot_be_sent_back_waits_in_its_worker() -> None:
+    """Its arguments are in a format that the worker takes, and does not send."""
+    with site({"rpm": 600}, ONE, accept_content=["json", "pickle"]) as here:
+        here.env["C_FORCE_ROOT"] = "1"  # or Celery refuses pickle where root runs it
+        here.worker(slots=1)
+        with busy(here, 2):
+            result = here.send("impatient", 1j, serializer="pickle")
+            assert result.get(timeout=30) == "echo: 1j"
+        assert len(deliveries(here, result)) == 1
+        assert "task.stays" in here.log()
+
+
 # A lease is settled, or expires.
 
 
@@ -335,10 +358,21 @@ def test_celery_checks_arguments_as_the_caller_sees_them(app: Celery) -> None:
         ask.apply_async(())
 
 
+@pytest.mark.parametrize("options", [{"pydantic": True}, {"autoretry_for": (KeyError,)}, {"bind": True}])
+def test_wrappers_of_the_body_are_seen_through(app: Celery, options: dict[str, Any]) -> None:
+    def ask(self: str, api_key: str) -> str:
+        return self
+
+    decorated = stable(ask)
+    task = app.task(name="wrapped", **options)(decorated)
+    assert _runs(task.run, decorated)
+    assert not _runs(task.run, stable(ask))
+
+
 def test_settings_make_the_pool(app: Celery) -> None:
     app.conf.update(
         stable_openai_keys="sk-a, sk-b",
-        stable_openai_redis="redis://:hunter2@127.0.0.1:1/0",
+        stable_openai_redis="redis://:hunter2@127.0.0.1:1/0?password=hunter2",
         stable_openai_pool="test-settings",
         stable_openai_limits={"rpm": 5},
         stable_openai_models={"gpt-4o*": {"rpm": 7}},
@@ -349,6 +383,7 @@ def test_settings_make_the_pool(app: Celery) -> None:
     try:
         assert (manager.pool, manager.max_wait) == ("test-settings", 9.0)
         assert "keys=2, backend='redis'" in repr(manager)
+        assert "hunter2" in str(setup(app)._backend._redis._make(redis).connection_pool.connection_kwargs)
         assert "hunter2" not in app.conf.humanize(with_defaults=False)
         assert "sk-a" not in app.conf.humanize(with_defaults=False)
     finally:

@@ -54,6 +54,7 @@ TOKENS = st.sampled_from([0, 1, 5, 40, 99, 100, 101, 1000])
 VERBS = st.sampled_from(["disable", "disable", "enable", "reset", "wake"])
 STEPS = st.sampled_from([1, 100, 250, 999, 1000, 5000, 30_000, 60_000, 61_000, 900_000, 3_600_000, 90_000_000])
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate]  # shrinking takes minutes: add Phase.shrink to study a failure
+UNHEARD = 250  # lua/accounts.lua
 EXAMPLES = int(os.environ.get("STABLE_OPENAI_EXAMPLES", "60"))
 
 
@@ -278,7 +279,12 @@ class Twins(RuleBasedStateMachine):
         if isinstance(reply, NotRegistered):
             return
         for ask, answer in zip(made, reply.answers):
-            if isinstance(answer, Granted) and all(held.ask.id != ask.id for held in self.held):
+            held = next((held for held in self.held if held.ask.id == ask.id), None)
+            if held and self.now - held.charge.at >= UNHEARD and isinstance(answer, (Granted, Refused)):
+                self.held.remove(held)  # nobody has heard of it: it is asked for anew
+                self.charges.remove(held.charge)
+                held = None
+            if isinstance(answer, Granted) and held is None:
                 self.take(ask, answer)
             elif isinstance(answer, Refused) and answer.wait_ms < 10**12:  # years that can be named
                 self.deadlines.append(self.now + answer.wait_ms)

@@ -3,8 +3,8 @@
 Whole accounts are dealt by rank. Only where there are fewer accounts than workers, or the workers hold different ones,
 is an account split: each limit into whole parts, the remainder to the low ranks. A part of nothing waits, and so does
 an account whose days nobody here has seen. Nothing is left of the last minute, since others may have used it: as after
-a loss (see lua/accounts.lua). Slots that are not our own may be others', and so are taken for as long as a lease lives
-that nobody renews.
+a loss (see lua/accounts.lua). Slots that are not our own may be others', who renew them, and so are taken for as long
+as a lease may be held.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from stable_openai._ops import (
     TooLarge,
     days_of,
 )
+from stable_openai._worker import LONGEST_HOLD_MS
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.errors import BrokerUnavailable
 
 if TYPE_CHECKING:
-    from stable_openai._worker import Worker
+    from stable_openai._worker import Held, Worker
 
 __all__ = ["Away", "Book", "Seat", "deal", "part"]
 
-LATELY_S = 61.0  # a minute, and the headroom
+LATELY_S = 71.0  # a minute, and the largest headroom
 SHARE_MS = 1000  # after which who has no share of a key looks again
 NOTHING = Snapshot("", 0, [], [], {}, {}, 0)
 
@@ -97,6 +98,10 @@ def part(quota: Quota, place: int, of: int) -> Quota | None:
             return None
         parted += [rule, mine, *compiled]
     return (*parted, quota[-1])
+
+
+def _live(id: str, held: Held) -> Live:
+    return Live(id, held.lease.account, held.lease.key, held.tokens, held.granted_ms)
 
 
 def _part(whole: int, place: int, of: int) -> int:
@@ -148,11 +153,11 @@ class Book:
 
 
 class Open(NamedTuple):
-    """A lease that was granted here. `by_use`: its tokens are charged when it is settled. `doubtful`: Redis may have
-    granted it too, and its answer was lost."""
+    """A lease of a class, that was granted here. `by_use`: its tokens are charged when it is settled. `doubtful`: Redis
+    may have granted it too, and its answer was lost."""
 
-    account: str
-    tokens: int
+    to: Registration
+    live: Live
     by_use: bool
     doubtful: bool
 
@@ -173,6 +178,8 @@ class Away:
         self._open: dict[str, Open] = {}
         self._doubtful: set[str] = set()
         self._owed: list[tuple[Registration, Closing]] = []
+        # What Redis has granted before.
+        self._before = {id: Open(held.to, _live(id, held), False, False) for id, held in tuple(worker.live.items())}
 
     def run(self, op: Any) -> Any:
         with self._mutex:
@@ -185,8 +192,10 @@ class Away:
             if type(op) is Inspect:
                 return self._inspect(op)
             if type(op) is Renew:
-                self._memory.run(op)
+                self._memory.run(op._replace(to=self._share(op.to) or op.to, birth=""))
                 return [True for _ in op.ids]
+            if type(op) is Restore:
+                raise BrokerUnavailable("Redis is away again")
             if type(op) is Register:
                 return Registered("", 0, op.known)
             assert type(op) is Admin
@@ -208,18 +217,30 @@ class Away:
             sealed, self._sealed = self._sealed, True
             return not sealed
 
+    @property
+    def is_sealed(self) -> bool:
+        return self._sealed
+
     def reopen(self) -> None:
         with self._mutex:
             self._sealed = False
 
+    def classes(self) -> list[Book]:
+        """The books of all classes that there is something to tell of."""
+        for open in tuple(self._live().values()):
+            self._book(open.to)
+        return list(self.books.values())
+
     def live(self, book: Book) -> tuple[Live, ...]:
-        """The leases of a class that were granted here."""
-        held = ((id, held) for id, held in tuple(self.worker.live.items()) if id in self._open)
-        return tuple(
-            Live(id, held.lease.account, held.lease.key, held.tokens, held.granted_ms)
-            for id, held in held
-            if held.to.model_class == book.to.model_class
-        )
+        """The leases of a class that are to be live in Redis: those that were granted here; and there before, also if
+        they have ended meanwhile, since they are settled next."""
+        leases = self._live().values()
+        return tuple(open.live for open in leases if open.to.model_class == book.to.model_class)
+
+    def _live(self) -> dict[str, Open]:
+        owed = {closing.id for _, closing in self._owed}
+        before = {id: open for id, open in self._before.items() if id in owed or id in self.worker.live}
+        return {**before, **self._open}
 
     def take_owed(self) -> list[tuple[Registration, Closing]]:
         """How leases ended that Redis had granted."""
@@ -275,14 +296,15 @@ class Away:
                 ]
                 days.append(Days(account, int(at), *left))
         live = tuple(
-            Live(id, held.lease.account, held.lease.key, held.tokens, held.granted_ms)
-            for id, held in tuple(self.worker.live.items())
-            if held.to.model_class == to.model_class and held.lease.account in mine
+            open.live
+            for open in self._before.values()
+            if open.to.model_class == to.model_class and open.live.account in mine and open.live.id in self.worker.live
         )
         own = Counter(row.account for row in live)
         slots = {account: mine[account][0] - own[account] if self.others else 0 for account in mine}
         taken = [Live(f"{account}:{n}", account, "", 0, 0) for account in mine for n in range(slots[account])]
-        self._memory.run(Restore(share, self.worker.ttl_ms, "here", self.worker.id, tuple(days), (*live, *taken)))
+        self._memory.run(Restore(share, self.worker.ttl_ms, "here", self.worker.id, tuple(days), live))
+        self._memory.run(Restore(share, LONGEST_HOLD_MS, "here", self.worker.id, (), tuple(taken)))
 
     def _register(self, share: Registration) -> None:
         days = {zone: day_starts(zone, self._now_ms()) for zone in share.zones}
@@ -307,7 +329,8 @@ class Away:
                 answers.append(answer._replace(days=""))  # it is a part's
                 if answer.id not in self._open and answer.id not in self.worker.live:
                     charged_later, doubtful = by_use[answer.account], ask.id in self._doubtful
-                    self._open[answer.id] = Open(answer.account, ask.tokens, charged_later, doubtful)
+                    live = Live(answer.id, answer.account, answer.key, ask.tokens, reply.now_ms)
+                    self._open[answer.id] = Open(op.to, live, charged_later, doubtful)
                     self._book(op.to).add(answer.account, 1, 0 if by_use[answer.account] else ask.tokens)
             elif type(answer) is TooLarge and answer.limit and self._fits(op.to, ask.tokens):
                 answers.append(Refused(SHARE_MS, answer.limit, False, False))  # for a part
@@ -329,11 +352,11 @@ class Away:
         if lease is None:
             self._owed.append((op.to, closing))
         elif closing.outcome == "unsent":
-            self._book(op.to).add(lease.account, -1, 0 if lease.by_use else -lease.tokens)
+            self._book(op.to).add(lease.live.account, -1, 0 if lease.by_use else -lease.live.tokens)
         else:
-            used = lease.tokens if closing.tokens is None else closing.tokens
-            more = used if lease.by_use else max(0, used - lease.tokens)
-            self._book(op.to).add(lease.account, 0, more)
+            used = lease.live.tokens if closing.tokens is None else closing.tokens
+            more = used if lease.by_use else max(0, used - lease.live.tokens)
+            self._book(op.to).add(lease.live.account, 0, more)
         return Settled(0 if settled.code == 2 else settled.code, settled.advice)
 
     def _inspect(self, op: Inspect) -> Snapshot:

@@ -9,8 +9,9 @@ waits.
 Where Redis is away for all, no limit is exceeded. Where it is away for some only, the others go on with the whole, and
 the excess is at most the shares of those that are cut off.
 
-A roster is in force when it is two periods old, so that all have seen it; until then the one before is, or none: in its
-first ten seconds a worker waits where Redis is away, also one that finds itself alone.
+A roster is in force for a worker that has attended when it was two periods old, for then all have seen it; until then
+the worker has what falls to it by both that and the one before (nothing, in its first ten seconds). Who has not
+attended for longer than that when Redis goes away may have been dropped from the roster: it waits.
 
 WHAT IS TOLD AT THE END. For each class what was spent, charged once by (worker, number); leases that are still live;
 and how leases that Redis had granted ended. What the upstream said of keys and limits meanwhile is not told: it will
@@ -22,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import TYPE_CHECKING, Any
 
 from stable_openai._drive import drive
@@ -40,7 +41,9 @@ __all__ = ["FailoverBackend"]
 
 log = logging.getLogger("stable_openai.redis")
 LOOKS_S = 0.5  # whether Redis is back
+TELLS_S = 2.0
 IN_FORCE_S = 2 * ATTENDS_S
+STALE_S = 2 * ATTENDS_S + LOOKS_S
 
 
 class FailoverBackend:
@@ -61,6 +64,8 @@ class FailoverBackend:
         self._mutex = threading.Lock()
         self._in_force: Seat | None = None
         self._newest: tuple[Seat, float] | None = None
+        self._attended = 0.0  # the last time, and the first time since at which it failed
+        self._failed: float | None = None
         self._numbers = 0
         self._away: Away | None = None
         self._ahead_ms = time() * 1000 - monotonic() * 1000  # the store's clock, of the one that only goes forward
@@ -108,8 +113,12 @@ class FailoverBackend:
             if self._newest is not None:
                 drive(self._worker.attend(leave=True), self._worker, self)
         except BrokerUnavailable:
-            if self._away is not None:
-                log.warning("redis.untold pool=%s", self._worker.pool)
+            pass
+        until = monotonic() + TELLS_S
+        while self._away is not None and self._away.is_sealed and monotonic() < until:
+            sleep(0.005)  # the heartbeat is telling it
+        if self._away is not None:
+            log.warning("redis.untold pool=%s", self._worker.pool)
         self._redis.close()
 
     async def aclose(self) -> None:
@@ -135,6 +144,7 @@ class FailoverBackend:
         try:
             roster: Roster = self._redis.run(op, attempts=1)
         except BrokerUnavailable:
+            self._failed = self._failed or monotonic()
             if self._away is None or not op.period_ms:
                 raise
             self._look_soon()
@@ -146,14 +156,22 @@ class FailoverBackend:
 
     def _seat(self, seat: Seat, since: float) -> None:
         with self._mutex:
-            self._in_force = self._place()
+            self._attended, self._failed = monotonic(), None
+            if self._newest is not None and self._attended - self._newest[1] >= IN_FORCE_S:
+                self._in_force = self._newest[0]
             if self._newest is None or self._newest[0] != seat:
                 self._newest = (seat, since)
+            elif self._attended - since >= IN_FORCE_S:
+                self._in_force = seat
 
-    def _place(self) -> Seat | None:
-        if self._newest is not None and monotonic() - self._newest[1] >= IN_FORCE_S:
-            return self._newest[0]
-        return self._in_force
+    def _shares(self, accounts: list[str]) -> dict[str, tuple[int, int]] | None:
+        """What falls to this worker now; None where it cannot know."""
+        failed = self._failed or monotonic()
+        if self._in_force is None or self._newest is None or failed - self._attended > STALE_S:
+            return None
+        now, before = deal(accounts, self._newest[0]), deal(accounts, self._in_force)
+        # Of two parts the smaller one (place, of how many).
+        return {name: max(now[name], before[name], key=lambda part: part[1]) for name in now if name in before}
 
     # Leaving and coming back.
 
@@ -164,8 +182,9 @@ class FailoverBackend:
             return None
         worker = self._worker
         with self._mutex:
-            seat = self._place()
-            if self._away is not None or seat is None:
+            accounts = sorted({key.account for key in worker.keys.values()})
+            shares = self._shares(accounts)
+            if self._away is not None or shares is None:
                 return self._away
             try:
                 self._redis.run(worker.attendance(), attempts=1)
@@ -173,8 +192,10 @@ class FailoverBackend:
                 pass
             else:
                 return None
-            accounts = sorted({key.account for key in worker.keys.values()})
-            self._away = away = Away(worker, deal(accounts, seat), seat.size > 1, self._ahead_ms)
+            assert self._newest is not None
+            assert self._in_force is not None
+            seat = self._newest[0]
+            self._away = away = Away(worker, shares, max(seat.size, self._in_force.size) > 1, self._ahead_ms)
         log.warning(
             "redis.away pool=%s error=%s accounts=%d/%d rank=%d workers=%d: on in memory with this worker's share",
             worker.pool, type(error.__cause__).__name__, len(away.shares), len(accounts), seat.rank, seat.size,
@@ -184,6 +205,8 @@ class FailoverBackend:
         return away
 
     def _look_soon(self) -> None:
+        if not self._worker.attends:
+            return
         self._worker.attend_at = monotonic() + LOOKS_S
         heartbeat.watch(self._worker)
 
@@ -207,7 +230,7 @@ class FailoverBackend:
 
     def _tell(self, away: Away) -> Steps:
         worker = self._worker
-        for book in away.books.values():
+        for book in away.classes():
             standing = yield from worker.register(book.to)
             if book.unsaid:
                 self._numbers += 1
@@ -221,5 +244,6 @@ class FailoverBackend:
                     raise BrokerUnavailable("the store has lost what was just restored")
                 if number:
                     book.batches.popleft()
+            yield from worker.see_days(book.to)
         worker.pending.extend(away.take_owed())
         yield from worker.flush()

@@ -199,7 +199,7 @@ class Line:
         self, wakes: list[int], wait: int | None, why: str, loose: bool, model: str
     ) -> tuple[list[Claim], int, int]:
         """The claims from now on, how many of the line can be served in time, and when the last; for a ticket, how many
-        of them come earlier."""
+        of them came before it."""
         mine, count, last = self.mine, -1, -1
         self.left = [max(0, n) for n in self.left]
         mine.waiting, left = list(self.left), sum(self.left)
@@ -220,7 +220,7 @@ class Line:
             self.all.append(mine)
             tickets = [claim for claim in self.all if self.ticket and is_ticket(claim)]
             if self.ticket:
-                count = sum(is_ticket(claim) and claim.told < mine.told for claim in self.others)
+                count = sum(is_ticket(claim) and claim.id < mine.id for claim in self.others)
             if len(tickets) > TICKETS:
                 self.all.remove(max(tickets, key=lambda claim: claim.id))
         if not self.all:  # nobody is left to be woken

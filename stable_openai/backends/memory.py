@@ -55,6 +55,8 @@ from stable_openai.backends.state import (
 
 __all__ = ["MemoryBackend"]
 
+KEEP = 172_800_000
+
 
 class MemoryBackend:
     """Runs the broker's operations in this process.
@@ -423,7 +425,17 @@ class MemoryBackend:
                 if meter:
                     use_up_to(meter, meter.still(n, at, pool.now), pool.now)
         for id, name, key, tokens, granted in op.live:
-            if id not in known.leases:
+            lease = known.leases.get(id)
+            if lease and lease.state == LIVE and (lease.account, lease.key) != (name, key):
+                self.refund(known, lease)  # what was told came to be elsewhere: its answer was lost
+                lease = None
+            elif lease and lease.state == EXPIRED:
+                account = known.touch(lease.account, pool)
+                for meter in account.meters[2:] if account.quota[1] else ():
+                    if meter:
+                        meter.amend(-lease.tokens, int(known.expiry.scores[id]) - 2 * op.ttl_ms, pool.now)
+                lease = None
+            if lease is None:
                 account = known.touch(name, pool)
                 account.live += 1
                 if account.quota[1]:
@@ -432,8 +444,9 @@ class MemoryBackend:
                 let_go, expires = account.ever_held - account.held, pool.now + op.ttl_ms
                 known.leases[id] = Lease(LIVE, tokens, granted, expires, False, name, key, let_go)
                 known.watch(id, expires)
-        if op.spent and known.restored.get(op.worker, -1) < op.number:
-            known.restored[op.worker] = op.number
+        kept = {worker: last for worker, last in known.restored.items() if pool.now - last[1] < KEEP}
+        if op.spent and kept.get(op.worker, (-1, 0))[0] < op.number:
+            known.restored = {**kept, op.worker: (op.number, pool.now)}
             for name, *spent in op.spent:
                 for meter, n in zip(known.touch(name, pool).meters, spent):
                     if meter and n > 0:

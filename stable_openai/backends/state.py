@@ -125,7 +125,7 @@ class ModelClass:
     def __init__(self, usual: Quota, birth: str) -> None:
         self.usual, self.birth = usual, birth
         self.lost: int | None = None  # when a worker said so
-        self.restored: dict[str, int] = {}
+        self.restored: dict[str, tuple[int, int]] = {}
         self.quotas: dict[str, Quota] = {}
         self.rings: dict[str, Ring] = {}
         self.accounts: dict[str, Account] = {}
