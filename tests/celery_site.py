@@ -39,9 +39,13 @@ class Site:
         until(self.server.admin.ping)
         self.fake = stack.enter_context(FakeProcess(keys=keys, limits=Limit(**limit)))
         self.store = f"redis://127.0.0.1:{self.server.port}"
+        self.broker = stack.enter_context(Server(folder)) if broker == "another redis" else self.server
+        until(self.broker.admin.ping)
         self.env = {
             "TEST_STORE": self.store,
-            "TEST_BROKER": stack.enter_context(private_rabbitmq()) if broker == "rabbitmq" else f"{self.store}/1",
+            "TEST_BROKER": stack.enter_context(private_rabbitmq())
+            if broker == "rabbitmq"
+            else f"redis://127.0.0.1:{self.broker.port}/1",
             "TEST_FAKE": json.dumps({"url": self.fake.url, "keys": list(keys)}),
             "TEST_SETTINGS": json.dumps({"stable_openai_limits": limit, **settings}),
         }

@@ -241,15 +241,17 @@ def test_slots_of_concurrency_are_taken_as_they_come_free() -> None:
 
 
 def test_a_task_that_cannot_be_sent_back_waits_in_its_worker() -> None:
-    """Its arguments are in a format that the worker takes, and does not send."""
-    with site({"rpm": 600}, ONE, accept_content=["json", "pickle"]) as here:
-        here.env["C_FORCE_ROOT"] = "1"  # or Celery refuses pickle where root runs it
+    """The broker ends while the task looks for a slot."""
+    with site({"concurrency": 1}, ONE, broker="another redis") as here, manager_of(here) as manager:
         here.worker(slots=1)
-        with busy(here, 2):
-            result = here.send("impatient", 1j, serializer="pickle")
-            assert result.get(timeout=30) == "echo: 1j"
+        with manager.lease(model="gpt-4o"):
+            result = here.send("ask", 1)
+            until(lambda: deliveries(here, result))
+            here.broker.kill()
+            until(lambda: "task.stays" in here.log())
+        until(lambda: here.notes("runs"))
         assert len(deliveries(here, result)) == 1
-        assert "task.stays" in here.log()
+        assert here.notes("runs")[0][0] == 1
 
 
 # A lease is settled, or expires.
