@@ -3,14 +3,14 @@
 A generator of a flow, without I/O (see `_obtain.py`). It asks for itself, sleeps where its turn comes soon, and else
 raises Postponed: whoever called it is to make the call again after so many seconds, with the Place that it is given.
 
-SOON is within the call's patience for the first four, and for the others within 0.1 s: otherwise a few that wait for a
+SOON is within the call's patience for the first four, and for the others within 0.2 s: otherwise a few that wait for a
 second each would hold all slots of the workers, one after the other, for as long as there is a line. Where no time is
 known, as for a slot of `concurrency`, the first four look four times a second meanwhile.
 
 THE PLACE. The store keeps a claim of one request for the call (lua/line.lua), valid until a second after the time that
 it was told. The claim's id says when the call asked first, by the store's clock; of such claims whoever asked first has
 its turn first, also where it comes too late and has lost the claim. The store keeps so those of the first 128; the
-others, which are told of the turn behind these, come again ever more seldom.
+others are told of the turn behind these, and come again then.
 """
 
 from __future__ import annotations
@@ -29,21 +29,18 @@ from stable_openai.errors import BrokerUnavailable
 
 __all__ = ["Place", "Postponed", "Visit", "new_place", "obtain_or_postpone"]
 
-SOON_S, LOOKS_S = 0.1, 0.25
+SOON_S, LOOKS_S = 0.2, 0.25
 FIRST, KEPT = 4, 128  # of those that the store keeps (TICKETS of lua/line.lua)
-MOST_DOUBLED = 5
 
 
 class Place(NamedTuple):
     """What a call that comes again brings along: the id of its claim; how many attempts and moves it has made; whether
-    it was refused for its size; how often its claim was not kept, one time after the other; and the accounts that do
-    not know its model."""
+    it was refused for its size; and the accounts that do not know its model."""
 
     claim: str
     attempts: int = 0
     moves: int = 0
     short: bool = False
-    unkept: int = 0
     missing: tuple[str, ...] = ()
 
 
@@ -119,13 +116,15 @@ def obtain_or_postpone(
             late = now >= deadline or (answer.timed and now + wait > deadline)
             if late or (yield from if_all_disabled(worker, request, answer)):
                 yield from give_up(worker, request, answer, now, error)
-            first, unkept = reply.in_time < FIRST, place.unkept + 1 if reply.in_time >= KEPT else 0
+            first = reply.in_time < FIRST
             stays_s = visit.patience_s if first else min(visit.patience_s, SOON_S)
-            place = place._replace(claim=_dated(place.claim, reply.now_ms), short=reason in NO_ROOM, unkept=unkept)
+            place = place._replace(claim=_dated(place.claim, reply.now_ms), short=reason in NO_ROOM)
             if not answer.timed and first and now + LOOKS_S <= came + stays_s:
                 wait = min(wait, LOOKS_S)
-            elif not answer.timed or unkept:
-                wait *= random.uniform(0.5, 1) * 2 ** min(max(0, unkept - 1), MOST_DOUBLED)
+            elif not answer.timed:
+                wait *= random.uniform(0.5, 1)
+            elif reply.in_time >= KEPT:  # all of these are told the same time
+                wait *= random.uniform(1, 1.25)
             wait = max(0.0, min(wait, deadline - now))
         if now + wait > came + stays_s:
             raise Postponed(wait, reason, place) from error

@@ -43,6 +43,7 @@ OPTIONS = ("pool", "limits", "models", "on_redis_down", "lease_ttl", "max_wait",
 # A message that waits in a worker for longer than the visibility timeout is delivered once more; an hour, unless told.
 STEP_S, STEPS, VISIBILITY_S = 60.0, 4, 3600.0
 SCATTER = 0.1
+EARLY_S = 0.15  # what it takes to come back
 
 _urls: dict[str, str] = {}  # by what is shown of them
 
@@ -178,7 +179,7 @@ class Delivery:
         task, request = self.task, self.task.request
         options = task.app.conf.broker_transport_options or {}
         longest = min(STEP_S, float(options.get("visibility_timeout") or VISIBILITY_S) / STEPS)
-        seconds = later.seconds
+        seconds = max(0.0, later.seconds - EARLY_S)
         if seconds > longest:  # so do others: not all at the same time
             seconds = longest * random.uniform(1 - SCATTER, 1)
         header = {

@@ -24,7 +24,6 @@ FAKE: dict[str, Any] = json.loads(os.environ.get("TEST_FAKE", '{"url": "http://1
 app = Celery("jobs", broker=BROKER, backend=f"{STORE}/2")
 app.conf.update(
     broker_connection_retry_on_startup=True,
-    worker_prefetch_multiplier=1,
     result_extended=True,
     stable_openai_keys=[Key(key, base_url=FAKE["url"]) for key in FAKE["keys"]],
     stable_openai_redis=f"{STORE}/0",
