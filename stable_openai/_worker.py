@@ -164,6 +164,7 @@ class Worker:
         self._line_numbers = itertools.count(1)
         self._why_out: tuple[float, str, dict[str, str] | None] = (-math.inf, "", None)
         self.live: dict[str, Held] = {}
+        self.closing: dict[str, Held] = {}  # those that are being settled
         self._standings: dict[str, Standing] = {}
         self._restoring: set[str] = set()  # classes
         self.attend_at = math.inf  # when it attends next, by the drivers' clock
@@ -434,6 +435,7 @@ class Worker:
             return None
         to = held.to
         closing = self._closing(request, lease, outcome, detail, told)
+        self.closing[lease.id] = held
         try:
             _, replies = yield Settle(to, self.ttl_ms, (closing,), self.birth_of(to))
             if type(replies) is NotRegistered:
@@ -451,6 +453,8 @@ class Worker:
             log.warning("settle.deferred pool=%s lease=%s", self.pool, lease.id)
             heartbeat.watch(self)
             return ""
+        finally:
+            self.closing.pop(lease.id, None)
         reply: Settled = replies[0]
         if reply.code == 1 and held.since < math.inf:
             self._log_lost(closing)

@@ -100,6 +100,11 @@ def part(quota: Quota, place: int, of: int) -> Quota | None:
     return (*parted, quota[-1])
 
 
+def _held(worker: Worker) -> dict[str, Held]:
+    """The leases of a worker, those that are being settled too."""
+    return {**worker.live, **worker.closing}
+
+
 def _live(id: str, held: Held) -> Live:
     return Live(id, held.lease.account, held.lease.key, held.tokens, held.granted_ms)
 
@@ -179,7 +184,7 @@ class Away:
         self._doubtful: set[str] = set()
         self._owed: list[tuple[Registration, Closing]] = []
         # What Redis has granted before.
-        self._before = {id: Open(held.to, _live(id, held), False, False) for id, held in tuple(worker.live.items())}
+        self._before = {id: Open(held.to, _live(id, held), False, False) for id, held in _held(worker).items()}
 
     def run(self, op: Any) -> Any:
         with self._mutex:
@@ -238,8 +243,8 @@ class Away:
         return tuple(open.live for open in leases if open.to.model_class == book.to.model_class)
 
     def _live(self) -> dict[str, Open]:
-        owed = {closing.id for _, closing in self._owed}
-        before = {id: open for id, open in self._before.items() if id in owed or id in self.worker.live}
+        needed = {closing.id for _, closing in self._owed} | _held(self.worker).keys()
+        before = {id: open for id, open in self._before.items() if id in needed}
         return {**before, **self._open}
 
     def take_owed(self) -> list[tuple[Registration, Closing]]:
