@@ -446,10 +446,10 @@ class Worker:
                 self.live.pop(lease.id, None)
                 _, replies = yield Settle(to, self.ttl_ms, (closing,))
         except BaseException as error:
-            self.live[lease.id] = held  # so that it is restored, if the store has lost it
             self.pending.append((to, closing))  # settled twice is settled once
             if not isinstance(error, BrokerUnavailable):
                 raise
+            self.live[lease.id] = held  # so that it is restored, if the store has lost it
             log.warning("settle.deferred pool=%s lease=%s", self.pool, lease.id)
             heartbeat.watch(self)
             return ""

@@ -385,7 +385,9 @@ def test_settings_make_the_pool(app: Celery) -> None:
     try:
         assert (manager.pool, manager.max_wait) == ("test-settings", 9.0)
         assert "keys=2, backend='redis'" in repr(manager)
-        assert "hunter2" in str(setup(app)._backend._redis._make(redis).connection_pool.connection_kwargs)
+        again = setup(app)
+        assert "hunter2" in str(again._backend._redis._make(redis).connection_pool.connection_kwargs)
+        again.close()
         assert "hunter2" not in app.conf.humanize(with_defaults=False)
         assert "sk-a" not in app.conf.humanize(with_defaults=False)
     finally:
