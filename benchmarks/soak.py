@@ -98,6 +98,7 @@ def main(
     print(
         f"soak {seconds:g} s, {PROCESSES} × {THREADS} threads, on_redis_down={on_redis_down!r}, seed {seed}", flush=True
     )
+    faults = "keeping" if smoke else faults  # after a loss nothing is granted for longer than the short form takes
     judgement = run(seconds, seed, chosen(faults, on_redis_down), on_redis_down, pace)
     print(judgement, flush=True)
     return int(judgement.wrong > 0)
