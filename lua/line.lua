@@ -13,9 +13,9 @@
 -- Claims of other rings are only counted for wakes and holds: what they want are other keys, for the most part.
 --   A TICKET is the claim of one call that goes away and comes again (a task of a queue). Its id, t<ms><rest>, says when
 -- it came first (t.<rest>: now); it has its turn before every ticket that came later, also after it has lost its claim.
--- Those of the first TICKETS are kept.
+-- Those of the first TICKETS are kept; it comes at least every RETURNS ms, or its claim ends.
 
-local SOON, TICKETS = 50, 128
+local SOON, TICKETS, RETURNS = 50, 128, 60000
 
 -- For acquire: the line as the worker sees it that asks now. `list` gives the first of the ready index, how many they
 -- are and the number of all; `judge` when an account can serve; `keeps`: what it holds, it still needs.
@@ -243,7 +243,7 @@ local function make_line(class, ring, demand, list, judge, holds, keeps)
     elseif hops > 0 and #all > 0 then wake(wakes, 1, hops - 1) end
     if was[6] and mine[6] ~= was[6] then wake(wakes, #others) end   -- what was held, for one that has left
     if id and left > 0 and (not wait or loose and patience ~= 0 or patience < 0 or wait <= patience) then
-      mine[3], mine[5] = now + (wait or 0), why or ''
+      mine[3], mine[5] = now + (ticket and math.min(wait or 0, RETURNS) or wait or 0), why or ''
       if left > 1 and wait and patience >= 0 then count, last = in_time(left, model) end
       all[#all + 1] = mine
       local tickets, last_of_them = 0, nil

@@ -21,6 +21,8 @@ from stable_openai.errors import BrokerUnavailable
 
 __all__ = [
     "LARGE",
+    "RETURNS_MS",
+    "TICKETS",
     "Acquire",
     "Acquired",
     "Admin",
@@ -52,6 +54,7 @@ __all__ = [
     "days_of",
     "decode",
     "encode",
+    "is_ticket",
 ]  # fmt: skip
 
 
@@ -100,6 +103,8 @@ class Registration:
 
 LARGE = 4
 LONGEST_MS = 10**12
+# Claims of calls that go away and come again (lua/line.lua): so many are kept, each for so long unless it comes.
+TICKETS, RETURNS_MS = 128, 60_000
 
 
 class Ask(NamedTuple):
@@ -125,6 +130,10 @@ class Demand(NamedTuple):
     smallest: int
     patience_ms: int = -1
     hops: int = -1
+
+
+def is_ticket(claim: str) -> bool:
+    return claim.startswith("t")
 
 
 class Closing(NamedTuple):

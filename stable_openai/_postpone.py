@@ -8,9 +8,10 @@ second each would hold all slots of the workers, one after the other, for as lon
 known, as for a slot of `concurrency`, the first four look four times a second meanwhile.
 
 THE PLACE. The store keeps a claim of one request for the call (lua/line.lua), valid until a second after the time that
-it was told. The claim's id says when the call asked first, by the store's clock; of such claims whoever asked first has
-its turn first, also where it comes too late and has lost the claim. The store keeps so those of the first 128; the
-others are told of the turn behind these, and come again then.
+it was told, or after a minute: a call that waits for longer looks in meanwhile, so that those which never come again (a
+queue that is purged) are forgotten. The claim's id says when the call asked first, by the store's clock; of such claims
+whoever asked first has its turn first, also where it comes too late and has lost the claim. The store keeps so those of
+the first 128; the others are told of the turn behind these, and come again then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from stable_openai._line import LARGE_AFTER_MS, NO_ROOM, POLL_S, RISE_MS, of_one
 from stable_openai._obtain import ASK_AGAIN_S, Sleep, give_up, if_all_disabled, taken
-from stable_openai._ops import Gone, Granted, Refused
+from stable_openai._ops import TICKETS, Gone, Granted, Refused
 from stable_openai._waiter import Request, Waiter
 from stable_openai._worker import Worker
 from stable_openai.errors import BrokerUnavailable
@@ -30,7 +31,7 @@ from stable_openai.errors import BrokerUnavailable
 __all__ = ["Place", "Postponed", "Visit", "new_place", "obtain_or_postpone"]
 
 SOON_S, LOOKS_S = 0.2, 0.25
-FIRST, KEPT = 4, 128  # of those that the store keeps (TICKETS of lua/line.lua)
+FIRST = 4  # of those that the store keeps
 
 
 class Place(NamedTuple):
@@ -61,7 +62,7 @@ class Postponed(Exception):
 
     def __init__(self, seconds: float, reason: str, place: Place, rests: bool = False) -> None:
         self.seconds, self.reason, self.place, self.rests = seconds, reason, place, rests
-        super().__init__(f"a key in {seconds:.1f} s ({reason})")
+        super().__init__(f"{'another attempt' if rests else 'a key'} in {seconds:.1f} s ({reason})")
 
 
 def new_place() -> Place:
@@ -123,7 +124,7 @@ def obtain_or_postpone(
                 wait = min(wait, LOOKS_S)
             elif not answer.timed:
                 wait *= random.uniform(0.5, 1)
-            elif reply.in_time >= KEPT:  # all of these are told the same time
+            elif reply.in_time >= TICKETS:  # all of these are told the same time
                 wait *= random.uniform(1, 1.25)
             wait = max(0.0, min(wait, deadline - now))
         if now + wait > came + stays_s:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stable_openai._ops import Registration, Snapshot
+from stable_openai._ops import Registration, Snapshot, is_ticket
 from stable_openai._worker import Worker
 
 __all__ = ["KeyStatus", "LineStatus", "MeterStatus", "Status", "key_states", "line_states"]
@@ -46,7 +46,8 @@ class KeyStatus:
 class LineStatus:
     """Who waits for keys of one class of models.
 
-    `calls` wait in all `workers`, `here` of them in this process; `by_priority` has how many in each band, the most
+    `calls` wait in all `workers` (Celery's tasks that have gone back to their queue in none, and of these the first 128
+    are counted), `here` of them in this process; `by_priority` has how many in each band, the most
     urgent first; `reasons` is what stands in their way, and `next_s` when the first worker asks again.
     """
 
@@ -81,7 +82,8 @@ def line_states(worker: Worker, seen: list[tuple[Registration, Snapshot]]) -> tu
             here = sum(len(line) for line in tuple(worker.lines.values()) if line.to.model_class == name)
             reasons = tuple(sorted({claim.reason for claim in claims if claim.reason}))
             next_s = min(claim.ms for claim in claims) / 1000
-            states.append(LineStatus(name, sum(bands), bands, len(claims), here, reasons, next_s))
+            workers = sum(not is_ticket(claim.claim) for claim in claims)
+            states.append(LineStatus(name, sum(bands), bands, workers, here, reasons, next_s))
     return tuple(states)
 
 

@@ -26,6 +26,7 @@ from celery import Celery, current_task, signals
 from celery.exceptions import Retry, SoftTimeLimitExceeded
 
 from stable_openai._limits import Limits
+from stable_openai._ops import RETURNS_MS
 from stable_openai._postpone import Place, Postponed, Visit, new_place
 from stable_openai.errors import ConfigurationError
 from stable_openai.manager import KeyManager, check_number
@@ -41,7 +42,7 @@ PREFIX = "stable_openai_"
 WAIT_S = 1.0
 OPTIONS = ("pool", "limits", "models", "on_redis_down", "lease_ttl", "max_wait", "headroom_s", "on_wait")
 # A message that waits in a worker for longer than the visibility timeout is delivered once more; an hour, unless told.
-STEP_S, STEPS, VISIBILITY_S = 60.0, 4, 3600.0
+STEPS, VISIBILITY_S = 4, 3600.0
 SCATTER = 0.1
 EARLY_S = 0.15  # what it takes to come back
 
@@ -178,7 +179,7 @@ class Delivery:
         """Send the task back to the queue, and raise what says so. Where it cannot be sent, this returns."""
         task, request = self.task, self.task.request
         options = task.app.conf.broker_transport_options or {}
-        longest = min(STEP_S, float(options.get("visibility_timeout") or VISIBILITY_S) / STEPS)
+        longest = min(RETURNS_MS / 1000, float(options.get("visibility_timeout") or VISIBILITY_S) / STEPS)
         seconds = max(0.0, later.seconds - EARLY_S)
         if seconds > longest:  # so do others: not all at the same time
             seconds = longest * random.uniform(1 - SCATTER, 1)

@@ -14,7 +14,21 @@ import pytest
 
 from stable_openai import Limits
 from stable_openai._limits import quota
-from stable_openai._ops import Acquire, Ask, Closing, Demand, Granted, Member, Refused, Register, Registration, Settle
+from stable_openai._ops import (
+    RETURNS_MS,
+    TICKETS,
+    Acquire,
+    Ask,
+    Closing,
+    Demand,
+    Granted,
+    Inspect,
+    Member,
+    Refused,
+    Register,
+    Registration,
+    Settle,
+)
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.backends.redis import RedisBackend
 
@@ -148,6 +162,24 @@ def test_who_never_comes_again_takes_no_more_than_its_turn(store: Any) -> None:
     living = [at for call, at in zip(one.served, one.times) if call.number % 2 == 0]
     assert len(living) == 60
     assert max(living) <= 120 * 250 + 1000
+
+
+def test_calls_that_are_never_made_again_are_forgotten_after_a_minute(store: Any) -> None:
+    """A queue that was purged: who comes then has all that is free."""
+    one = store(LIMITS[0], 1)
+    for n in range(100):
+        one.ask(Call(n, f"t.{n}", START))
+    one.now += RETURNS_MS + 1001
+    assert one.ask(Call(100, "t.100", one.now))[1] is None
+
+
+def test_both_stores_keep_as_many(store: Any) -> None:
+    one = store(LIMITS[0], 1)
+    for n in range(TICKETS + 20):
+        one.ask(Call(n, f"t.{n:03}", START))
+    snapshot = one.backend.run(Inspect(one.to, TTL))
+    assert len(snapshot.line) == TICKETS
+    assert max(claim.ms for claim in snapshot.line) == RETURNS_MS
 
 
 def test_a_call_rises_with_its_age(store: Any) -> None:

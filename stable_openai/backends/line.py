@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from stable_openai._ops import Demand
+from stable_openai._ops import RETURNS_MS, TICKETS, Demand, is_ticket
 from stable_openai.backends.meters import POLL
 
 __all__ = ["Claim", "Line", "valid", "wake"]
 
-GRACE, SOON, TICKETS = 1000, 50, 128
+GRACE, SOON = 1000, 50
 Slot = tuple[int, str, bool, str]
 
 
@@ -26,10 +26,6 @@ class Claim:
     held_until: int = 0
     waiting: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     turns: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0, 0.0])
-
-
-def is_ticket(claim: Claim) -> bool:
-    return claim.id.startswith("t")
 
 
 def valid(claims: list[Claim], now: int) -> list[Claim]:
@@ -80,8 +76,8 @@ class Line:
         self.fits: dict[int, bool] = {}
         self.was_held = was.held if was else ""
         self.mine = mine = Claim(self.demand.claim, ring, now, self.demand.smallest)
-        self.ticket = is_ticket(mine)
-        after = [claim for claim in self.others if self.ticket and is_ticket(claim) and claim.id > mine.id]
+        self.ticket = is_ticket(mine.id)
+        after = [claim for claim in self.others if self.ticket and is_ticket(claim.id) and claim.id > mine.id]
         if was and keeps and was.held and was.held_until > now:
             mine.held = was.held
         mine.held_until = was.held_until if was else 0
@@ -214,13 +210,13 @@ class Line:
         patience = self.demand.patience_ms
         stays = wait is None or (loose and patience != 0) or patience < 0 or wait <= patience
         if mine.id and left and stays:
-            mine.told, mine.reason = self.now + (wait or 0), why
+            mine.told, mine.reason = self.now + (min(wait or 0, RETURNS_MS) if self.ticket else wait or 0), why
             if left > 1 and wait is not None and patience >= 0:
                 count, last = self._in_time(left, model)
             self.all.append(mine)
-            tickets = [claim for claim in self.all if self.ticket and is_ticket(claim)]
+            tickets = [claim for claim in self.all if self.ticket and is_ticket(claim.id)]
             if self.ticket:
-                count = sum(is_ticket(claim) and claim.id < mine.id for claim in self.others)
+                count = sum(is_ticket(claim.id) and claim.id < mine.id for claim in self.others)
             if len(tickets) > TICKETS:
                 self.all.remove(max(tickets, key=lambda claim: claim.id))
         if not self.all:  # nobody is left to be woken
