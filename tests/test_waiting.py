@@ -890,6 +890,8 @@ def test_the_urgent_come_first(pool: Pool, crowd: Crowd) -> None:
         for each in calling:
             calls.append(crowd.lease(manager, note(served, each), priority=each[0]))
             joined(manager, len(calls))
+        (line,) = (line for line in manager._worker.lines.values() if len(line))
+        until(lambda: line._best_asked[0] == 0)  # before the most urgent came it asked for others, maybe until now
         release()
         for call in calls:
             call.result(20)

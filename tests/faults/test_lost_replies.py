@@ -223,7 +223,8 @@ def test_several_asks_in_a_line(proxy: Proxy, server: Server, make: Callable[...
     asyncio.run(main())
     proxy.cut_every_second()
     assert proxy.cuts >= 3
-    assert (most[0], len(served), set(served.values())) == (2, 12, {1})
+    assert most[0] <= 2
+    assert (len(served), set(served.values())) == (12, {1})
     watcher = make(direct=True)
     assert (key_of(watcher).live, used(watcher, "rpm"), used(watcher, "tpm")) == (0, 12, 240)
     assert left_behind(server, watcher) == []
