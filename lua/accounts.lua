@@ -162,6 +162,7 @@ local function earliest(a, q, tokens, class, count)
   if q.lost then return now + POLL, false, true end
   local at, why, loose, held = now, false, false, q[2] == 1 and a[2] or 0
   if a[3] > at then at, why = a[3], 'cooldown' end
+  local opens = at
   repeat
     local before, calendar = at, false
     for i = 1, 4 do
@@ -172,7 +173,7 @@ local function earliest(a, q, tokens, class, count)
           if not q[19 + i] then return NEVER, i, false end
           n = q[4 * i]
         end
-        local time = ready(a, i, q, n, i > 2 and held or 0, at, class, count)
+        local time = ready(a, i, q, n, i > 2 and held or 0, at, opens, class, count)
         if not time then
           if not loose then at, why, loose = math.max(at, now + POLL), i, true end
         elseif time > at then

@@ -180,8 +180,8 @@ end
 
 -- When the meter admits `n` beside what is `held`: a time, or nil where that has none. A request larger than a bucket
 -- but within the limit waits until the bucket is full. A calendar is judged as it will be at the time `at`. With a
--- `count`: when it admits the last of so many, one after the other.
-local function ready(a, i, q, n, held, at, class, count)
+-- `count`: when it admits the last of so many, one after the other, from the time `opens` on.
+local function ready(a, i, q, n, held, at, opens, class, count)
   local j = 4 * i
   if q[j - 1] == 1 then
     local need = n + held
@@ -189,10 +189,13 @@ local function ready(a, i, q, n, held, at, class, count)
       if held > 0 then return nil end
       need = q[j + 2]
     end
-    if count then need = need + (count - 1) * math.min(n, q[j + 2]) end
-    local level = a[5 + 2 * i]
+    local level, since = a[5 + 2 * i], a[6 + 2 * i]
+    if count and count > 1 then   -- until it opens it fills up, and no further
+      need = need + (count - 1) * math.min(n, q[j + 2])
+      if opens > since then level, since = math.min(q[j + 2], level + (opens - since) * q[j + 1]), opens end
+    end
     if level >= need then return 0 end
-    return a[6 + 2 * i] + math.ceil((need - level) / q[j + 1])
+    return since + math.ceil((need - level) / q[j + 1])
   end
   if n + held > q[j] then return nil end
   local rule = (windows or make_windows(class))[q[j - 1]]

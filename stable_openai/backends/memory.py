@@ -189,6 +189,7 @@ class MemoryBackend:
         quota = account.quota
         if account.cooldown > at:
             at, why = account.cooldown, "cooldown"
+        opens = at
         while True:
             before, calendar = at, False
             for number, meter in enumerate(account.meters):
@@ -199,7 +200,7 @@ class MemoryBackend:
                     if number not in account.learned:
                         return NEVER, METERS[number], False
                     n = meter.limit
-                time = meter.ready(n, held, at, count)
+                time = meter.ready(n, held, at, opens, count)
                 if time is None:
                     if not loose:
                         at, why, loose = max(at, now + POLL), METERS[number], True

@@ -2,7 +2,7 @@
 
 A meter is made for one account from four numbers of its quota (see `_limits.quota`). All times are milliseconds
 since the pool's base. `ready` says when the meter admits `n` more beside what is `held`: a time (0: at once), or
-None where that has no time; with a `count`, when it admits the last of so many.
+None where that has no time; with a `count`, when it admits the last of so many, from the time `opens` on.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ class Bucket:
         self.level: float = capacity
         self.at = now
 
-    def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
+    def ready(self, n: int, held: int, at: int, opens: int, count: int = 1) -> int | None:
         need = n + held
         if need > self.capacity:
             if held > 0:
                 return None
             need = self.capacity
-        need += (count - 1) * min(n, self.capacity)
-        if self.level >= need:
+        level, since = self.level, self.at
+        if count > 1:  # until it opens it fills up, and no further
+            need += (count - 1) * min(n, self.capacity)
+            if opens > since:
+                level, since = min(self.capacity, level + (opens - since) * self.rate), opens
+        if level >= need:
             return 0
-        return self.at + math.ceil((need - self.level) / self.rate)
+        return since + math.ceil((need - level) / self.rate)
 
     def charge(self, n: float, now: int) -> None:
         level = self.level
@@ -84,7 +88,7 @@ class Sliding:
         self.head = pool.now - 2 * period
         self.entries: list[list[int]] = []
 
-    def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
+    def ready(self, n: int, held: int, at: int, opens: int, count: int = 1) -> int | None:
         if n + held > self.limit:
             return None
         if count > 1:
@@ -163,7 +167,7 @@ class Calendar:
         current = window(now)
         self.start = current[0] if current else 0
 
-    def ready(self, n: int, held: int, at: int, count: int = 1) -> int | None:
+    def ready(self, n: int, held: int, at: int, opens: int, count: int = 1) -> int | None:
         if n + held > self.limit:
             return None
         if count > 1:
