@@ -64,6 +64,7 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
     Returns the manager, which a bare @stable finds by itself. Raises ConfigurationError. Does no I/O.
     """
     conf = app.conf
+    _check_names(conf)
     _checked(conf.get(PREFIX + "celery_wait", WAIT_S))
     if manager is None:
         keys, redis = conf.get(PREFIX + "keys"), conf.get(PREFIX + "redis")
@@ -89,6 +90,15 @@ def setup(app: Celery, manager: KeyManager | None = None) -> KeyManager:
     for signal in (signals.worker_process_shutdown, signals.worker_shutdown):
         signal.connect(ended, weak=False, dispatch_uid=f"{PREFIX}{id(manager)}")
     return manager
+
+
+def _check_names(conf: Any) -> None:
+    """A setting that is misspelt would go unseen: Celery itself takes any."""
+    known, names = sorted((*OPTIONS, "keys", "redis", "celery_wait")), [str(name).lower() for name in conf]
+    prefix = f"{conf.prefix or ''}{PREFIX}".lower()  # known when they have been read
+    for name in names:
+        if name.startswith(prefix) and name.removeprefix(prefix) not in known:
+            raise ConfigurationError(name, f"is no setting; after {prefix} there may be {', '.join(known)}")
 
 
 def _checked(wait: Any) -> float | None:

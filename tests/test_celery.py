@@ -411,6 +411,18 @@ def test_a_manager_that_has_been_made(app: Celery) -> None:
     manager.close()
 
 
+@pytest.mark.parametrize("namespace", [None, "CELERY"])
+def test_a_setting_that_is_misspelt(namespace: str | None) -> None:
+    settings = {"stable_openai_keys": "sk-a", "stable_openai_limit": {"rpm": 3}}
+    if namespace:  # as Django's are
+        settings = {f"{namespace}_{name}".upper(): value for name, value in settings.items()}
+        settings["STABLE_OPENAI_OF_ANOTHER"] = 1
+    app = Celery("misspelt", set_as_current=False)
+    app.config_from_object(settings, namespace=namespace)
+    with pytest.raises(ConfigurationError, match=r"stable_openai_limit: is no setting; .* limits, "):
+        setup(app)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [("celery_wait", -1), ("celery_wait", "1"), ("celery_wait", True), ("limits", {"rps": 1}), ("limits", 5)],
