@@ -40,6 +40,7 @@ POLL_S = 5.0
 SHORTEST_S = 0.02
 QUIET_S = 1.0
 REPORT_AFTER_S, REPORT_MOST_S = 5.0, 60.0
+UNREACHED = Refused(0, "redis", False, False)
 
 
 class Line:
@@ -177,7 +178,7 @@ class Line:
 
     def late(self, now: float) -> Refused:
         """Why a call's time is over: what was said last."""
-        refusal = self.refusal
+        refusal = UNREACHED if self.failing else self.refusal
         if refusal is None:
             return Refused(0, "line", False, False)
         return refusal._replace(wait_ms=max(0, math.ceil((self._told - now) * 1000)))
@@ -328,7 +329,7 @@ class Line:
                 return max(0.001, due - now), None
             self._reported = now
             self._report_again_s = min(REPORT_MOST_S, 2 * self._report_again_s)
-            refusal = self.refusal
+            refusal = UNREACHED if self.failing else self.refusal
             next_s = max(0.0, self._told - now) if refusal and refusal.timed else None
             reason, account = (refusal.reason, refusal.account) if refusal else ("", "")
             said = Waiting(pool, self.to.model_class, len(self), now - first, reason, account, next_s)

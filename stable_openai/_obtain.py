@@ -27,7 +27,7 @@ __all__ = ["ASK_AGAIN_S", "Doze", "Hush", "Park", "Sleep", "give_up", "if_all_di
 
 ASK_AGAIN_S = 1.0
 # Then some key is not out.
-NOT_OUT = ("rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held", "line", "elsewhere", "back")
+NOT_OUT = ("rpm", "rpd", "tpm", "tpd", "concurrency", "cooldown", "held", "line", "elsewhere", "back", "redis")
 GLANCE_S, LATE_S, BUSY_S = 0.002, 0.003, 0.25
 REASONS = {
     **{kind: f"the breaker, after failures of the upstream ({kind})" for kind in ("5xx", "connection", "timeout")},
@@ -35,6 +35,7 @@ REASONS = {
     "line": "the calls that came before",
     "back": "that Redis has just come back",
     "elsewhere": "that Redis is away, and other workers have the keys",
+    "redis": "that Redis cannot be reached",
 }
 
 
