@@ -111,6 +111,8 @@ class Lease:
                 say of the account's limits.
             error: an exception, or the decoded body of an error response.
         """
+        if status is not None and not isinstance(status, int):
+            raise ConfigurationError("status", "must be a whole number, such as 429")
         if tokens is not None:
             if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
                 raise ConfigurationError("tokens", "must be a whole number, 0 or more")

@@ -307,6 +307,12 @@ def test_tokens_that_are_none(tokens: Any) -> None:
     assert manager.status().keys[0].meters[0].used == 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("status", "429"), ("status", 429.0), ("tokens", -1), ("tokens", "7")])
+def test_a_report_of_what_cannot_be(name: str, value: Any) -> None:
+    with KeyManager([SECRET]).lease() as lease:
+        refused(lambda: lease.report(**{name: value}), name, "must be a whole number")
+
+
 @pytest.mark.parametrize("max_wait", ["5", -1, True])
 def test_a_lease_that_waits_no_time(max_wait: Any) -> None:
     manager = KeyManager([SECRET])
