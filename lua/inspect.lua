@@ -1,13 +1,14 @@
 -- inspect.lua: what is known of accounts and keys.
--- USES meters, accounts, claims
+-- USES server, meters, accounts, claims
 -- KEYS  1 pool, 2 class, 3 expiry
 -- ARGV  1 now in ms ('' = the server's), 2 a lease's ttl in ms, 3 how many accounts follow; accounts, then keys
 -- REPLY {breaker's reason, ms until it opens, now}, {for each claim of the line {its id, ms until it asks again, what stands
 --       in its way, waiting in bands 0 to 3}, ..}, {class, ..}, then for each account {live, tokens held, ms of cooldown, ms out, why,
 --       and for each of the four meters {used as %.17g, limit, 1 if it was learned, else 0} or {}}; then for each key
---       {ms out, why, 401s in a row, ms disabled (-1: for good)}
+--       {ms out, why, 401s in a row, ms disabled (-1: for good)}; the error OLD as register says it
 
 local pool, class, expiry, reply = KEYS[1], KEYS[2], KEYS[3], {}
+if is_old(expiry) then return redis.error_reply('OLD') end
 tick(pool)
 reap(class, expiry, tonumber(ARGV[2]))
 

@@ -1,5 +1,6 @@
--- register.lua: make a worker's keys and limits known for one class; the last one to register wins.
--- USES meters, accounts, claims, learning
+-- register.lua: make a worker's keys and limits known for one class; the last one to register wins. Who declares no limit
+-- at all leaves those that others have declared: a look at the pool from a shell must not lift them.
+-- USES server, meters, accounts, claims, learning
 -- KEYS  1 pool, 2 class, 3 expiry, 4 ring, 5 ready index, 6 wakes
 -- ARGV  1 now in ms ('' = the server's), 2 ring, 3 an epoch (taken where the pool has none), 4 days as JSON
 --       {tz: [epoch ms, ..]}, 5 quotas as JSON [[18 numbers, time zone], ..], 6 members as JSON
@@ -9,8 +10,7 @@
 --       the error OLD from a server that is older than Redis 6.2
 
 local pool, class, expiry, ring, index = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local lowered = redis.pcall('ZADD', expiry, 'XX', 'LT', NEVER, '')   -- LT is the youngest thing that is used; this lowers nothing
-if type(lowered) == 'table' and lowered.err:find('syntax error', 1, true) then return redis.error_reply('OLD') end
+if is_old(expiry) then return redis.error_reply('OLD') end
 local revision, epoch = tick(pool)
 if not revision then
   revision, epoch = now, ARGV[3]
@@ -32,8 +32,9 @@ if not listed then
 end
 for tz, days in pairs(cjson.decode(ARGV[4])) do put(class, 'd:' .. tz, cmsgpack.pack(days)) end
 
-local packed, rows = {}, {}
+local packed, silent, rows = {}, {}, {}
 for n, quota in ipairs(cjson.decode(ARGV[5])) do
+  silent[n] = quota[1] + quota[3] + quota[7] + quota[11] + quota[15] == 0
   packed[n] = struct.pack('<dddddddddddddddddd', unpack(quota, 1, 18)) .. quota[19]
 end
 local usual = get(class, 'q')
@@ -54,7 +55,7 @@ for first = 1, #members, 500 do
   local known = load(class, fields)
   for m = first, last do
     local account, n = members[m][1], members[m][2]
-    if (known['q:' .. account] or usual) ~= packed[n] then
+    if not silent[n] and (known['q:' .. account] or usual) ~= packed[n] then
       local old = known['a:' .. account] and quota_of(class, account)
       moved = moved + 1
       put(class, 'q:' .. account, packed[n] ~= usual and packed[n])

@@ -34,6 +34,7 @@ __all__ = [
     "Quota",
     "class_of",
     "day_starts",
+    "limits_of",
     "quota",
     "seen_text",
 ]
@@ -137,6 +138,16 @@ def quota(limits: Limits, headroom_s: float) -> Quota:
     days = any(rule == CALENDAR and not period for rule, _, _, period in meters)
     numbers = (number for meter in meters for number in meter)
     return (limits.concurrency or 0, int(limits.charge == "used"), *numbers, (limits.tz or "UTC") if days else "")
+
+
+def limits_of(quota: Quota) -> dict[str, int]:
+    """The limits that a quota has, by name.
+
+    >>> limits_of(quota(Limits(rpm=60, concurrency=4), 0.25))
+    {'concurrency': 4, 'rpm': 60}
+    """
+    metered = {name: quota[4 * number + 3] for number, name in enumerate(METERS) if quota[4 * number + 2]}
+    return {"concurrency": quota[0], **metered} if quota[0] else metered
 
 
 def _meter(number: int, limit: int | None, limits: Limits, headroom_s: float) -> Meter:

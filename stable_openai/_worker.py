@@ -14,12 +14,12 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from stable_openai._estimate import Estimate, Outputs
 from stable_openai._keys import Key
-from stable_openai._limits import Limits, Quota, class_of, day_starts, quota, seen_text, serves
+from stable_openai._limits import METERS, Limits, Quota, class_of, day_starts, limits_of, quota, seen_text, serves
 from stable_openai._line import Line
 from stable_openai._ops import (
     Acquire,
@@ -48,7 +48,7 @@ from stable_openai._verdict import Verdict
 from stable_openai._waiter import Request, Waiter, Waiting
 from stable_openai.errors import BrokerUnavailable, ConfigurationError, NoKeys
 
-__all__ = ["Report", "Worker"]
+__all__ = ["NO_MODEL", "Report", "Worker"]
 
 log = logging.getLogger("stable_openai.leases")
 waiting_log = logging.getLogger("stable_openai.waiting")
@@ -61,6 +61,7 @@ SEEN_A_SECOND = 50  # accounts, of whose days a worker keeps itself informed
 MANY_LINES = 64
 MANY_MODELS = 512  # that users name: of more, not all are remembered
 MOST_DISOWNED = 1000
+NO_MODEL = "-"
 Steps = Generator[Any, Any, Any]
 Rows = tuple[tuple[int, int | None, int | None], ...]
 
@@ -198,36 +199,40 @@ class Worker:
 
     def _register_for(self, model: str, by_model: dict[str, Registration]) -> Registration:
         name = class_of(model, self.classes)
-        declared = self.declared(model)
-        quotas: list[Quota] = [quota(declared, self.headroom_s)]
-        accounts: dict[str, list[Key]] = {}
-        for key in self.keys.values():
-            if serves(key.models, model):
-                accounts.setdefault(key.account, []).append(key)
+        keys = [key for key in self.keys.values() if serves(key.models, model)]
         if not self.keys:
             raise NoKeys(f"no keys are left in pool {self.pool!r}", keys={}, retry_after=None, reason="removed")
-        if not accounts:
+        if not keys:
             raise ConfigurationError("model", f"{model!r} is served by no key of pool {self.pool!r}; see Key(models=)")
-        members = []
-        for account, keys in accounts.items():
-            mine = quota(keys[0].limits.over(declared), self.headroom_s) if keys[0].limits else quotas[0]
-            if mine not in quotas:
-                quotas.append(mine)
-            weighted = tuple((key.fingerprint, key.weight) for key in keys)
-            members.append(Member(account, quotas.index(mine), sum(key.weight for key in keys), weighted))
         if len(self.class_names) >= MANY_MODELS:  # (the store has them all)
             self.class_names.clear()
         self.class_names.add(name)
-        made = Registration(self.pool, name, quotas, members)
+        made = self._ring(name, self.declared(model), keys)
         return next((one for one in tuple(by_model.values()) if one.ring == made.ring), made)
 
+    def _ring(self, model_class: str, declared: Limits, keys: Iterable[Key]) -> Registration:
+        quotas: list[Quota] = [quota(declared, self.headroom_s)]
+        accounts: dict[str, list[Key]] = {}
+        for key in keys:
+            accounts.setdefault(key.account, []).append(key)
+        members = []
+        for account, its in accounts.items():
+            mine = quota(its[0].limits.over(declared), self.headroom_s) if its[0].limits else quotas[0]
+            if mine not in quotas:
+                quotas.append(mine)
+            weighted = tuple((key.fingerprint, key.weight) for key in its)
+            members.append(Member(account, quotas.index(mine), sum(key.weight for key in its), weighted))
+        return Registration(self.pool, model_class, quotas, members)
+
     def counts_tokens(self, model: str) -> bool:
-        """Whether the limits of the model's class count tokens: otherwise nobody need estimate them."""
+        """Whether the limits of the model's class count tokens: otherwise nobody need estimate them. (Where none is
+        declared here, others may have declared some.)"""
         known = self._needs_tokens.get(model)
         if known is None:
-            quotas = self.registration(model).quotas
+            limits = [limits_of(quota) for quota in self.registration(model).quotas]
             _make_room(self._needs_tokens)
-            known = self._needs_tokens[model] = any(quota[10] or quota[14] for quota in quotas)
+            known = any(of & {"tpm", "tpd"} or (self.attends and not of) for of in map(dict.keys, limits))
+            self._needs_tokens[model] = known
         return known
 
     def reserve(self, model: str, estimate: Estimate) -> int:
@@ -566,6 +571,28 @@ class Worker:
         _, snapshot = yield Inspect(to, self.ttl_ms)
         return to, snapshot
 
+    def check(self) -> Steps:
+        """Make contact, as a first call would."""
+        for to in self.registrations() or ([self._all_keys(NO_MODEL)] if self.keys else []):
+            yield from self.inspect_registration(to)
+
+    def look(self) -> Generator[Any, Any, list[tuple[Registration, Snapshot]]]:
+        """The classes that this worker has used, and all others of the pool. Nothing is registered for it."""
+        if self.pending and not self._stuck:
+            yield from self.flush()
+        rings = self.registrations()
+        _, first = yield Inspect(rings[0] if rings else self._all_keys(NO_MODEL), self.ttl_ms)
+        own = {to.model_class for to in rings}
+        rings += [self._all_keys(name) for name in first.classes if name not in own]
+        seen = []
+        for to in rings or [self._all_keys(NO_MODEL)]:
+            _, snapshot = yield Inspect(to, self.ttl_ms)
+            seen.append((to, snapshot if to.model_class in snapshot.classes else _as_declared(to, snapshot)))
+        return seen
+
+    def _all_keys(self, model_class: str) -> Registration:
+        return self._ring(model_class, self.declared(model_class), self.keys.values())
+
     def registrations(self) -> list[Registration]:
         """Those that have been used (lately, where they are many), one for each ring."""
         return list({to.ring: to for to in tuple(self._by_model.values())}.values())
@@ -609,7 +636,7 @@ class Worker:
 
     def admin(self, verb: str, key: Key, ms: int | None = None) -> Steps:
         """disable, enable or reset a key in the whole pool."""
-        to = next(iter(self.registrations()), None) or self.registration("-")
+        to = next(iter(self.registrations()), None) or self.registration(NO_MODEL)
         for _ in range(2):
             _, snapshot = yield from self.inspect_registration(to)
             classes = tuple(dict.fromkeys((*snapshot.classes, *self.class_names)))
@@ -635,9 +662,10 @@ class Worker:
             log.error("pool.fault pool=%s reason=%s: all keys fail alike, none is put out", self.pool, verdict.reason)
         elif advice == "out":
             log.warning(
-                "key.out pool=%s key=%s scope=%s reason=%s",
+                "key.out pool=%s key=%s fingerprint=%s scope=%s reason=%s",
                 self.pool,
                 self.label(lease.key),
+                lease.key,
                 verdict.outcome,
                 verdict.reason,
             )
@@ -670,6 +698,16 @@ class Worker:
             "memory.forked pool=%s: the limits are kept in memory, by each process for itself; redis= shares them",
             self.pool,
         )
+
+
+def _as_declared(to: Registration, snapshot: Snapshot) -> Snapshot:
+    """The limits of a class that the store does not know so far: nothing is used of them."""
+    accounts = {}
+    for member in to.members:
+        limits = limits_of(to.quotas[member.quota])
+        meters = {name: (0.0, limits[name], False) for name in METERS if name in limits}
+        accounts[member.account] = snapshot.accounts[member.account]._replace(meters=meters)
+    return snapshot._replace(accounts=accounts)
 
 
 def _make_room(known: dict[str, Any]) -> None:

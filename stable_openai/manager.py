@@ -16,7 +16,7 @@ from stable_openai._lease import Lease
 from stable_openai._limits import MOST, Limits
 from stable_openai._verdict import Verdict
 from stable_openai._waiter import BANDS, Request, Waiting
-from stable_openai._worker import Steps, Worker, runs_under_a_forking_server
+from stable_openai._worker import NO_MODEL, Steps, Worker, runs_under_a_forking_server
 from stable_openai.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _open: list[KeyManager] = []
 _made: weakref.WeakSet[KeyManager] = weakref.WeakSet()
 _registry = threading.Lock()
 _making = threading.Lock()
-NO_MODEL = "-"
 PRIORITY = 1
 
 
@@ -223,18 +222,15 @@ class KeyManager:
         worker = self._worker
         if not worker.keys:
             return Status(self.pool, self._backend.kind, "", 0.0, ())
-        if not worker.registrations():
-            worker.registration(NO_MODEL)
-        seen = []
-        for to in worker.registrations():
-            seen.append((yield from worker.inspect_registration(to)))
+        seen = yield from worker.look()
         _, snapshot = seen[0]
         keys = key_states(worker, seen)
         line = line_states(worker, seen)
         return Status(self.pool, self._backend.kind, snapshot.breaker, snapshot.breaker_ms / 1000, keys, line)
 
     def status(self) -> Status:
-        """A snapshot of the pool: each key's state, why, for how long, what is used of its limits; and who waits."""
+        """A snapshot of the pool: each key's state, why, for how long, what is used of its limits; and who waits. It
+        may be taken from a shell: this worker does not come into the pool by it, nor do its limits."""
         status: Status = self._do(self._status())
         return status
 
@@ -244,12 +240,13 @@ class KeyManager:
         return status
 
     def check(self) -> None:
-        """Raise BrokerUnavailable where Redis cannot be reached or does not serve the broker."""
-        self._do(self._status())
+        """Make the first contact, as a first call would: the pool knows this worker's limits from then on. Raises
+        BrokerUnavailable where Redis cannot be reached or does not serve the broker."""
+        self._do(self._worker.check())
 
     async def acheck(self) -> None:
         """The same, on an event loop."""
-        await self._ado(self._status())
+        await self._ado(self._worker.check())
 
     def _find(self, key: str | Key) -> Key:
         """A key by itself, its secret, its name or its fingerprint."""

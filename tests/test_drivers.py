@@ -351,7 +351,9 @@ def test_a_grant_whose_waiter_was_cancelled_in_flight_is_given_back(redis_url: s
         with pytest.raises(asyncio.CancelledError):
             await waiter
         backend.arun = arun
-        assert (await manager.astatus()).keys[0].live == 1
+        watcher = KeyManager(["sk-a"], redis_url, pool="test-flight")
+        assert (await watcher.astatus()).keys[0].live == 1
+        await watcher.aclose()
         sent.set()
         while manager._worker.tasks:
             await asyncio.gather(*manager._worker.tasks)

@@ -8,9 +8,11 @@ from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
+import redis
 
-from stable_openai import ConfigurationError, Exhausted, Key, KeyManager, Limits
+from stable_openai import INJECTED, ConfigurationError, Exhausted, Key, KeyManager, Limits, stable
 from stable_openai._limits import class_of, day_starts, quota
+from tests.faults.servers import until
 
 HOUR_MS = 3_600_000
 
@@ -108,4 +110,59 @@ def test_in_a_rolling_deploy_the_last_limits_win_and_what_is_used_stays_used(red
     with pytest.raises(Exhausted):
         served(new, "m", 1)
     for manager in (old, new, again):
+        manager.close()
+
+
+def test_who_declares_no_limits_leaves_those_of_others(redis_url: str) -> None:
+    """A program with the same keys and nothing else looks at the pool, then calls: the limits stay, and count."""
+    declared = Limits(rpm=2, tpm=100, rule="sliding")
+    service = KeyManager(["sk-a"], redis_url, pool="test-deploy", limits=declared)
+    served(service, "m", 1)
+    shell = KeyManager(["sk-a"], redis_url, pool="test-deploy")
+    assert meters(shell) == {("m", "rpm"): (1, 2), ("m", "tpm"): (0, 100)}
+    shell.check()
+    with shell.lease(model="m", tokens=60):
+        pass
+    assert meters(service) == meters(shell) == {("m", "rpm"): (2, 2), ("m", "tpm"): (60, 100)}
+    for manager in (service, shell):
+        with pytest.raises(Exhausted):
+            served(manager, "m", 1)
+        manager.close()
+
+
+def test_a_program_without_limits_counts_the_tokens_that_others_limit(redis_url: str) -> None:
+    shell = KeyManager(["sk-a"], redis_url, pool="test-deploy")
+
+    @stable(manager=shell, model="m")
+    def ask(messages: list[dict[str, str]], api_key: str = INJECTED) -> None:
+        pass
+
+    service = KeyManager(["sk-a"], redis_url, pool="test-deploy", limits=Limits(tpm=10_000))
+    served(service, "m", 1)
+    ask([{"role": "user", "content": "How many? " * 100}])
+    assert meters(service)["m", "tpm"][0] > 100
+    for manager in (service, shell):
+        manager.close()
+
+
+def meters(manager: KeyManager) -> dict[tuple[str, str], tuple[float, int]]:
+    (key,) = manager.status().keys
+    return {(row.model_class, row.limit): (row.used, row.of) for row in key.meters}
+
+
+def test_a_look_changes_nothing(redis_url: str) -> None:
+    """Nor does the one who looks come into the pool. Before its first call a pool is as it is declared."""
+    roster, of_class = "stable:{test-deploy}:roster", "stable:{test-deploy}:class:m"
+    with redis.Redis.from_url(redis_url) as store:
+        manager = KeyManager(["sk-a"], redis_url, pool="test-deploy", limits=Limits(rpm=6))
+        assert meters(manager) == {("-", "rpm"): (0, 6)}
+        assert store.keys("stable:{test-deploy}*") == []
+        served(manager, "m", 1)
+        until(lambda: store.zcard(roster) == 2)  # and when it changed
+        before = store.dump(of_class)
+        other = KeyManager(["sk-a"], redis_url, pool="test-deploy", limits=Limits(rpm=7))
+        assert {name: of for name, (_, of) in meters(other).items()} == {("m", "rpm"): 6}
+        assert (store.dump(of_class), store.zcard(roster)) == (before, 2)
+        assert sorted(key.rpartition(b":")[2] for key in store.keys("*class:*")) == [b"m"]
+        other.close()
         manager.close()

@@ -233,7 +233,8 @@ class Twins(RuleBasedStateMachine):
     def change_limits(self, data: st.DataObject) -> None:
         """A rolling deploy: the new limits win; the old revision stays known."""
         self.changed = True
-        self.to = Registration(self.pool, "gpt", [quota(data.draw(limits()), 0.25)], self.members)
+        some = data.draw(st.one_of(limits(), limits(), limits(), st.just(Limits())))
+        self.to = Registration(self.pool, "gpt", [quota(some, 0.25)], self.members)
         self.register()
 
     @rule(

@@ -435,7 +435,8 @@ def test_a_key_is_out_after_two_401s_in_a_row(world: World, caplog: pytest.LogCa
     assert world.used().count("sk-1") == 2
     assert states(manager) == {**ALL_READY, "one": "out invalid_api_key 900"}
     (line,) = [record.getMessage() for record in caplog.records if record.message.startswith("key.out")]
-    assert line == "key.out pool=test-verdicts key=one scope=key reason=invalid_api_key"
+    fingerprint = manager.status().keys[0].fingerprint
+    assert line == f"key.out pool=test-verdicts key=one fingerprint={fingerprint} scope=key reason=invalid_api_key"
     assert "sk-" not in caplog.text
 
 

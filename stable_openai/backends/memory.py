@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from stable_openai._limits import METERS
+from stable_openai._limits import METERS, limits_of
 from stable_openai._ops import (
     AccountRow,
     Acquire,
@@ -126,7 +126,7 @@ class MemoryBackend:
         ring = known.rings.setdefault(to.ring, Ring(pool.revision))
         for member in to.members:
             name, quota = member.account, to.quotas[member.quota]
-            if known.quotas.get(name, known.usual) != quota:
+            if limits_of(quota) and known.quotas.get(name, known.usual) != quota:  # (see register.lua)
                 if name in known.accounts:
                     declare(known.accounts[name], quota, pool)
                 moved += 1

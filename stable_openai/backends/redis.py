@@ -36,13 +36,13 @@ import redis.sentinel
 from redis.backoff import NoBackoff
 
 from stable_openai._loops import PerLoop
-from stable_openai._ops import Register, Registration, Renew, decode, encode
+from stable_openai._ops import Inspect, Register, Registration, Renew, decode, encode
 from stable_openai.backends.listener import AsyncListener, Listener
 from stable_openai.errors import BrokerUnavailable, ConfigurationError
 
 __all__ = ["RedisBackend", "script"]
 
-OLD = "OLD"  # what lua/register.lua says
+CONTACTS, OLD = (Register, Inspect), "OLD"  # what comes first to a server, and what their scripts say
 TIMEOUT_S, HASTY_S = 2.0, 0.3
 CONNECTIONS = 64
 _inherited: list[Any] = []
@@ -134,7 +134,7 @@ class RedisBackend:
                     break
             else:
                 return decode(op, reply)
-        if type(op) is Register and _says_old(problem):
+        if type(op) in CONTACTS and _says_old(problem):
             self._refuse_if_old(problem)
         raise unavailable(problem) from cause_of(problem)
 
@@ -158,7 +158,7 @@ class RedisBackend:
                     break
             else:
                 return decode(op, reply)
-        if type(op) is Register and _says_old(problem):
+        if type(op) in CONTACTS and _says_old(problem):
             await asyncio.to_thread(self._refuse_if_old, problem)
         raise unavailable(problem) from cause_of(problem)
 
@@ -270,7 +270,7 @@ def cause_of(error: Exception) -> Exception | None:
 
 
 def _says_old(problem: Exception) -> bool:
-    """Whether lua/register.lua found the server to be too old; or maybe that it does not know redis-py's greeting."""
+    """Whether a script found the server to be too old; or maybe that it does not know redis-py's greeting."""
     said = str(problem)
     return isinstance(problem, redis.ResponseError) and (said == OLD or ("unknown command" in said and "HELLO" in said))
 

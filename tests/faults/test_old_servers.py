@@ -22,7 +22,7 @@ import redis
 
 from stable_openai import BrokerUnavailable, ConfigurationError, KeyManager, Limits
 from stable_openai._limits import quota
-from stable_openai._ops import Inspect, Member, Registration
+from stable_openai._ops import Member, Registration, Renew
 from stable_openai.backends.redis import RedisBackend
 from tests.faults.servers import Server, until
 from tests.faults.telling import Leaks
@@ -102,15 +102,16 @@ def test_an_error_that_repeats_the_greeting(old: Server, colour: str) -> None:
     """Whatever is asked, and whoever it is that does not know the greeting, the password in it is not told."""
     backend = RedisBackend(f"redis://:{quote(PASSWORD, safe='')}@127.0.0.1:{old.port}/0?protocol=3")
     to = Registration("test-old", "gpt", [quota(Limits(rpm=5), 0.0)], [Member("a", 0, 1, (("a", 1),))])
+    renew = Renew(to, 60_000, 900_000, ("a:1",))
 
     async def ask() -> None:
         try:
-            await backend.arun(Inspect(to, 60_000))
+            await backend.arun(renew)
         finally:
             await backend.aclose()
 
     with pytest.raises(BrokerUnavailable, match="unknown command") as raised:
-        backend.run(Inspect(to, 60_000)) if colour == "sync" else asyncio.run(ask())
+        backend.run(renew) if colour == "sync" else asyncio.run(ask())
     assert not Leaks(PASSWORD).in_error(raised.value)
     backend.close()
 
