@@ -1384,6 +1384,22 @@ def test_the_status_of_the_line(pool: Pool, crowd: Crowd) -> None:
     pool.assert_empty()
 
 
+@IN_REDIS
+def test_a_shell_sees_the_line_of_a_class_that_only_others_have_used(pool: Pool, crowd: Crowd) -> None:
+    manager = pool.manager(limits=Limits(concurrency=1, rpm=60))
+    shell = KeyManager(["sk-a"], pool.where, pool=pool.name)
+    with manager.lease(model="gpt-4o"):
+        call = crowd.lease(manager, model="gpt-4o")
+        until(lambda: shell.status().line)
+        status = shell.status()
+        assert [(line.model_class, line.calls, line.here) for line in status.line] == [("gpt-4o", 1, 0)]
+        (key,) = status.keys
+        assert (key.live, [(row.model_class, row.limit, row.of) for row in key.meters]) == (1, [("gpt-4o", "rpm", 60)])
+    call.result(SOON)
+    shell.close()
+    pool.assert_empty()
+
+
 # 17: no wait, and another attempt.
 
 
