@@ -286,6 +286,7 @@ def test_a_task_that_is_ended_gives_its_slot_back(how: str) -> None:
 def test_a_killed_worker_loses_no_task(who: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Under acks_late, while its tasks wait in the queue and in its hands; and no limit is exceeded."""
     often = {"visibility_timeout": 6, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    often["unacked_mutex_expire"] = 3  # the worker may die while it restores
     with site({"rpm": RPM, "burst_s": 1}, broker_transport_options=often, stable_openai_lease_ttl=3.0) as here:
         killed, _ = here.worker(slots=4), here.worker(slots=4)
         results = [here.send("ask", n) for n in range(100)]

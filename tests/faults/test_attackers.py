@@ -502,8 +502,8 @@ def test_a_key_that_nobody_holds(server: Server, keys: list[str]) -> None:
 
     server.admin.flushall()
     manager = KeyManager(keys, url(server), pool=POOL, on_redis_down="raise", max_wait=1)
-    manager.status()
-    to = manager._worker.registrations()[0]
+    manager.check()
+    to = manager._worker.registration("-")
     served = refused = 0
     with redis.Redis(port=server.port) as admin:
         admin.zadd(to.keys[4], {"nobody": 0})

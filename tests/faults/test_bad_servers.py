@@ -213,7 +213,7 @@ def test_a_call_waits_for_a_server_that_refuses(empty: Server, how: str, colour:
                 served.append(time.monotonic())
 
         served: list[float] = []
-        manager.status()
+        manager.check()
         with REFUSALS[how](empty):
             thread = threading.Thread(target=call if colour == "sync" else lambda: asyncio.run(acall()))
             thread.start()
@@ -293,8 +293,8 @@ def test_a_server_restarts_its_scripts(empty: Server) -> None:
 def test_a_wrong_type(empty: Server, place: int) -> None:
     """Where the key matters the broker says that it is not served; once it is gone all is well again."""
     with pool(empty, limits=Limits(concurrency=1), on_redis_down="raise", max_wait=0.3) as manager:
-        manager.status()
-        key = manager._worker.registrations()[0].keys[place]
+        manager.check()
+        key = manager._worker.registration("-").keys[place]
         lease = manager.lease()
         lease.__enter__()
         empty.admin.delete(key)

@@ -88,7 +88,7 @@ def used(manager: KeyManager, meter: str, key: int = 0) -> float:
 
 def left_behind(server: Server, manager: KeyManager) -> list[str]:
     """What is left in Redis of leases, claims and wakes, once all that expires has expired."""
-    to = manager._worker.registrations()[0]
+    to = manager._worker.registration("-")
     hours = iter(range(1, 100))
     later = RedisBackend(
         f"redis://127.0.0.1:{server.port}", now=lambda: int(time.time() * 1000) + 3_600_000 * next(hours)
@@ -270,7 +270,7 @@ def test_a_heartbeat(proxy: Proxy, make: Callable[..., KeyManager]) -> None:
 @pytest.mark.parametrize("verb", ["disable", "enable", "reset"])
 def test_what_an_admin_does(proxy: Proxy, make: Callable[..., KeyManager], verb: str) -> None:
     manager = make()
-    manager.status()
+    manager.check()
     if verb == "enable":
         manager.disable("sk-a")
     for lost in ("inspect", "admin"):
@@ -285,7 +285,7 @@ def test_the_answer_never_comes(proxy: Proxy, make: Callable[..., KeyManager], s
     """A call that gives up because each reply is lost gives back what it was granted, though nobody calls again."""
     watcher = make(direct=True, limits=Limits(concurrency=1, rpm=100, rule="sliding"))
     manager = make(limits=Limits(concurrency=1, rpm=100, rule="sliding"), on_redis_down="raise")
-    manager.status()
+    manager.check()
     proxy.meet("acquire", CUT_AFTER, 5)
 
     async def main() -> None:
@@ -339,7 +339,7 @@ def test_no_tight_loop_where_nobody_may_block(
     where a wake may have been lost the leader asks."""
     holder = make(direct=True, limits=Limits(concurrency=1))
     waiter = make(limits=Limits(concurrency=1), max_wait=2.0)
-    waiter.status()
+    waiter.check()
     if how == "cut":
         proxy.meet("blpop", CUT_BEFORE, 1000)
     else:
