@@ -190,7 +190,29 @@ def test_the_end_leaves_no_process_behind(when: str, ended: signal.Signals, proc
             child.kill()
         _, errors = child.communicate(timeout=60)
     if ended == signal.SIGINT:
-        assert (child.returncode, errors) == (130, "interrupted\n")
+        assert child.returncode == 130
+        assert errors.endswith("interrupted\n")  # what comes while a finaliser runs is told by Python too
+
+
+def test_ctrl_c_that_python_swallows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while a finaliser runs: the next report is the last."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    swallowed: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: swallowed.append(told.exc_type))
+
+    def reports() -> demo.Reports:
+        yield demo.Done(0.0, "")
+        raise AssertionError("it goes on")
+
+    with demo._interrupts() as interrupts:
+        Finalised()
+        with pytest.raises(KeyboardInterrupt):
+            demo._follow(demo.Console(quiet=True), reports(), 2, interrupts)
+    assert swallowed == [KeyboardInterrupt]
 
 
 def test_ctrl_c_while_processes_are_started() -> None:

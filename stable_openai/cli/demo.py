@@ -81,9 +81,10 @@ def run(redis: str | None, processes: int, max_wait: float) -> int:
     fake = FakeOpenAI(**arguments) if processes == 1 else FakeProcess(**arguments)
     interrupted = False
     try:
-        with fake:
+        with _interrupts() as interrupts, fake:
             try:
-                done, took, keys = _play(console, Settings(fake.url, pool, redis, processes, max_wait))
+                settings = Settings(fake.url, pool, redis, processes, max_wait)
+                done, took, keys = _play(console, settings, interrupts)
             except KeyboardInterrupt:
                 interrupted = True
                 raise
@@ -110,7 +111,7 @@ def run(redis: str | None, processes: int, max_wait: float) -> int:
     return 1 if why else 0
 
 
-def _play(console: Console, settings: Settings) -> tuple[list[Done], float, Sequence[Any]]:
+def _play(console: Console, settings: Settings, interrupts: list[int]) -> tuple[list[Done], float, Sequence[Any]]:
     """Send the prompts; returns what came of each, the seconds it took, and the states of the keys then."""
     threads = settings.processes * THREADS
     count = threads * PROMPTS
@@ -120,7 +121,7 @@ def _play(console: Console, settings: Settings) -> tuple[list[Done], float, Sequ
         print(f"{count} prompts, {threads} threads, {len(NAMES)} keys, {place}", flush=True)
         began = time.monotonic()
         reports = _from_threads(manager) if settings.processes == 1 else _from_processes(settings)
-        done = _follow(console, reports, count)
+        done = _follow(console, reports, count, interrupts)
         return done, time.monotonic() - began, manager.status().keys
 
 
@@ -134,6 +135,22 @@ def problems(done: Sequence[Done], count: int, log: Iterable[Entry]) -> list[str
 def _failed(done: Sequence[Done], count: int) -> list[str]:
     lost = ["a prompt without any answer: its process has ended"] * (count - len(done))
     return [one.problem for one in done if one.problem] + lost
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The times that Ctrl-C was heard: Python swallows the exception where it comes while a finaliser runs."""
+    heard: list[int] = []
+
+    def hear(number: int, _: object) -> None:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupted() -> int:
@@ -283,13 +300,15 @@ def _end_with_parent() -> None:
 # what is shown
 
 
-def _follow(console: Console, reports: Reports, count: int) -> list[Done]:
+def _follow(console: Console, reports: Reports, count: int, interrupts: list[int]) -> list[Done]:
     """Draw the progress until all prompts have ended, or nobody is left to report one."""
     done: list[Done] = []
     columns = (TextColumn("prompts"), BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn())
     with closing(reports), Progress(*columns, console=console) as progress:
         task = progress.add_task("prompts", total=count)
         for item in reports:
+            if interrupts:
+                raise KeyboardInterrupt
             if isinstance(item, str):
                 progress.console.print(item, markup=False, style="dim")
                 continue
