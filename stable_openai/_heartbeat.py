@@ -108,6 +108,11 @@ class Heartbeat:
         failed += [self._fails(worker, worker.attend()) for worker in workers if worker.attend_at <= now]
         self._failed = any(failed)
 
+    def rest(self) -> None:
+        """Wait until what is under way has ended, for a second at most: who closes what it works on would cut it."""
+        if self._works.acquire(timeout=REST_S):
+            self._works.release()
+
     def before_fork(self) -> None:
         """Come to rest: a module that this thread imports, say, could never be imported in the child."""
         self._forks.rests = self._works.acquire(timeout=REST_S)

@@ -312,12 +312,18 @@ class KeyManager:
     def close(self) -> None:
         """Settle what is pending and close the connections. The manager is no longer the default one."""
         self._leave()
+        if not self._backend.local:
+            heartbeat.rest()
         self._do(self._worker.flush())
         self._backend.close()
 
     async def aclose(self) -> None:
         """The same, on an event loop."""
         self._leave()
+        if not self._backend.local:
+            import asyncio
+
+            await asyncio.to_thread(heartbeat.rest)
         await self._ado(self._worker.flush())
         await self._backend.aclose()
 

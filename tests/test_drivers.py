@@ -18,7 +18,7 @@ from tenacity import stop_after_attempt, wait_none
 
 from stable_openai import BrokerUnavailable, ConfigurationError, Exhausted, Key, KeyManager, Limits, Verdict, stable
 from stable_openai._limits import quota
-from stable_openai._ops import Acquire, Ask, Closing, Granted, Member, Register, Registration, Settle
+from stable_openai._ops import Acquire, Ask, Attend, Closing, Granted, Member, Register, Registration, Settle
 from stable_openai.backends.memory import MemoryBackend
 from stable_openai.testing import Failure, FakeOpenAI, Limit
 
@@ -326,6 +326,28 @@ def test_a_cancelled_waiter_leaves_nothing_behind(one_slot: KeyManager) -> None:
 
     asyncio.run(main())
     assert one_slot.status().keys[0].live == 0
+
+
+@pytest.mark.parametrize("colour", ["sync", "async"])
+def test_close_waits_for_what_the_heartbeat_has_begun(
+    colour: str, redis_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = KeyManager(["sk-a"], redis_url, pool="test-flight", on_redis_down="wait")
+    run, reached, go = manager._backend.run, threading.Event(), threading.Event()
+
+    def slow(op: Any) -> Any:
+        if isinstance(op, Attend):
+            reached.set()
+            assert go.wait(5)
+        return run(op)
+
+    manager._backend.run = slow
+    manager.check()
+    assert reached.wait(5)
+    threading.Timer(0.2, go.set).start()
+    manager.close() if colour == "sync" else asyncio.run(manager.aclose())
+    assert go.is_set()
+    assert "heartbeat.failed" not in caplog.text
 
 
 def test_a_grant_whose_waiter_was_cancelled_in_flight_is_given_back(redis_url: str) -> None:
