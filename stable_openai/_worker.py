@@ -229,9 +229,9 @@ class Worker:
         declared here, others may have declared some.)"""
         known = self._needs_tokens.get(model)
         if known is None:
-            limits = [limits_of(quota) for quota in self.registration(model).quotas]
+            names = [limits_of(quota).keys() for quota in self.registration(model).quotas]
             _make_room(self._needs_tokens)
-            known = any(of & {"tpm", "tpd"} or (self.attends and not of) for of in map(dict.keys, limits))
+            known = any(of & {"tpm", "tpd"} or (self.attends and not of) for of in names)
             self._needs_tokens[model] = known
         return known
 
@@ -577,18 +577,21 @@ class Worker:
             yield from self.inspect_registration(to)
 
     def look(self) -> Generator[Any, Any, list[tuple[Registration, Snapshot]]]:
-        """The classes that this worker has used, and all others of the pool. Nothing is registered for it."""
+        """All keys, the classes that this worker has used, and all others of the pool. Nothing is registered for it."""
         if self.pending and not self._stuck:
             yield from self.flush()
+        everything = self._all_keys(NO_MODEL)  # what is said of keys and accounts counts for every class
+        _, first = yield Inspect(everything, self.ttl_ms)
         rings = self.registrations()
-        _, first = yield Inspect(rings[0] if rings else self._all_keys(NO_MODEL), self.ttl_ms)
         own = {to.model_class for to in rings}
         rings += [self._all_keys(name) for name in first.classes if name not in own]
+        if not rings:
+            return [(everything, _as_declared(everything, first))]
         seen = []
-        for to in rings or [self._all_keys(NO_MODEL)]:
+        for to in rings:
             _, snapshot = yield Inspect(to, self.ttl_ms)
             seen.append((to, snapshot if to.model_class in snapshot.classes else _as_declared(to, snapshot)))
-        return seen
+        return [*seen, (everything, first)]
 
     def _all_keys(self, model_class: str) -> Registration:
         return self._ring(model_class, self.declared(model_class), self.keys.values())

@@ -150,6 +150,19 @@ def meters(manager: KeyManager) -> dict[tuple[str, str], tuple[float, int]]:
     return {(row.model_class, row.limit): (row.used, row.of) for row in key.meters}
 
 
+@pytest.mark.parametrize("where", [None, "redis"])
+def test_a_look_sees_keys_that_serve_none_of_the_models_used(where: str | None, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("redis_url") if where else None
+    keys = [Key("sk-a", name="all"), Key("sk-b", name="few", models=["o3"])]
+    manager = KeyManager(keys, url, pool="test-deploy", limits=Limits(rpm=6))
+    served(manager, "m", 1)
+    manager.disable("few")
+    every, few = manager.status().keys
+    assert (every.state, every.live, [(row.model_class, row.of) for row in every.meters]) == ("ready", 0, [("m", 6)])
+    assert (few.state, few.meters) == ("disabled", ())
+    manager.close()
+
+
 def test_a_look_changes_nothing(redis_url: str) -> None:
     """Nor does the one who looks come into the pool. Before its first call a pool is as it is declared."""
     roster, of_class = "stable:{test-deploy}:roster", "stable:{test-deploy}:class:m"

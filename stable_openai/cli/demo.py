@@ -79,24 +79,20 @@ def run(redis: str | None, processes: int, max_wait: float) -> int:
     pool = f"demo-{os.urandom(4).hex()}"
     arguments: dict[str, Any] = {"keys": ACCOUNTS, "limits": Limit(**_limits(processes)), "latency_s": LATENCY_S}
     fake = FakeOpenAI(**arguments) if processes == 1 else FakeProcess(**arguments)
-    interrupted = False
-    try:
-        with _interrupts() as interrupts, fake:
-            try:
+    with _interrupts() as interrupts:
+        try:
+            with fake:
                 settings = Settings(fake.url, pool, redis, processes, max_wait)
                 done, took, keys = _play(console, settings, interrupts)
-            except KeyboardInterrupt:
-                interrupted = True
+        except KeyboardInterrupt:
+            return _interrupted()
+        except OSError:  # Ctrl-C ended the fake's process too, which cannot be asked for its log any more
+            if not interrupts:
                 raise
-    except KeyboardInterrupt:
-        return _interrupted()
-    except OSError:  # Ctrl-C ended the fake's process too, which cannot be asked for its log any more
-        if not interrupted:
-            raise
-        return _interrupted()
-    except StableError as error:
-        print(f"the demo cannot start: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
+            return _interrupted()
+        except StableError as error:
+            print(f"the demo cannot start: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigurationError) else 1
     count = processes * THREADS * PROMPTS
     console.print(_table(keys, fake.log))
     waits = [one.waited for one in done]
