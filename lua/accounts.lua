@@ -177,7 +177,7 @@ local function earliest(a, q, tokens, class, count)
         if not time then
           if not loose then at, why, loose = math.max(at, now + POLL), i, true end
         elseif time > at then
-          at, why = math.min(time, NEVER - 2), i   -- a limit may have become a millionth of what was used
+          at, why = math.min(time, now + LONGEST), i   -- a limit may have become a millionth of what was used
         end
         calendar = calendar or rule == 3
       end

@@ -56,7 +56,7 @@
 -- A script's body runs anew for every call, and each closure that it makes costs as much as a small command: what a
 -- plain grant does not need is therefore made when it is first used.
 
-local NEVER, POLL, EXAMINED, KEEP, SETTLING = 4503599627370496, 5000, 16, 172800000, 2000
+local NEVER, LONGEST, POLL, EXAMINED, KEEP, SETTLING = 4503599627370496, 1e12, 5000, 16, 172800000, 2000
 local cells, changed = {}, {}
 local base, now
 

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 
 from stable_openai._limits import Limits, day_starts, quota, seen_text
 from stable_openai._ops import (
+    LONGEST_MS,
     Acquire,
     Admin,
     Ask,
@@ -287,7 +288,7 @@ class Twins(RuleBasedStateMachine):
                 held = None
             if isinstance(answer, Granted) and held is None:
                 self.take(ask, answer)
-            elif isinstance(answer, Refused) and answer.wait_ms < 10**12:  # years that can be named
+            elif isinstance(answer, Refused) and answer.wait_ms < LONGEST_MS:  # years that can be named
                 self.deadlines.append(self.now + answer.wait_ms)
 
     def check_slots(self, account: str) -> None:
@@ -517,6 +518,22 @@ def limits(draw: st.DrawFn) -> Limits:
         burst_s=draw(st.sampled_from([None, None, 1, 10])),
         charge=draw(st.sampled_from(["reserved", "used"])),
     )
+
+
+def test_a_wait_of_ages_is_told_alike(redis_url: str) -> None:
+    """A limit may have become a millionth of what was used: no longer wait than LONGEST_MS is told."""
+    stores = MemoryBackend(clock=lambda: START), RedisBackend(redis_url, now=lambda: START)
+    pool = f"test-{uuid.uuid4().hex}"
+    waits = []
+    for store in stores:
+        for tokens, limit in ((10**12, 10**12), (1, 1)):
+            to = Registration(pool, "gpt", [quota(Limits(tpd=limit), 0.25)], [Member("a", 0, 1, (("a", 1),))])
+            store.run(Register(to, "epoch", {}))
+            (answer,) = store.run(Acquire(to, TTL, (Ask(f"w:{limit}", tokens, "gpt"),))).answers
+        assert isinstance(answer, Refused)
+        waits.append(answer.wait_ms)
+        store.close()
+    assert waits == [LONGEST_MS, LONGEST_MS]
 
 
 def test_lua_and_memory_answer_alike_and_never_over(redis_url: str) -> None:

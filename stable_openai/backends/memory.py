@@ -13,6 +13,7 @@ from typing import Any
 
 from stable_openai._limits import METERS, limits_of
 from stable_openai._ops import (
+    LONGEST_MS,
     AccountRow,
     Acquire,
     Acquired,
@@ -205,7 +206,7 @@ class MemoryBackend:
                     if not loose:
                         at, why, loose = max(at, now + POLL), METERS[number], True
                 elif time > at:
-                    at, why = min(time, NEVER - 2), METERS[number]
+                    at, why = min(time, now + LONGEST_MS), METERS[number]
                 calendar = calendar or type(meter) is Calendar
             if at == before or not calendar:
                 break
