@@ -13,21 +13,6 @@ redis.call('PEXPIRE', class, KEEP)   -- a server that is out of memory lets writ
 tick(pool)
 reap(class, expiry, ttl)
 
--- Of days the most that any worker has seen, as far as it still counts.
-for _, day in ipairs(cjson.decode(ARGV[6])) do
-  local account, at = day[1], day[2]
-  local q = quota_of(class, account)
-  local a = account_of(class, account, q)
-  for i = 2, 4, 2 do
-    local rule, n = q[4 * i - 1], day[2 + i / 2]
-    if rule == 1 then n = n - q[4 * i + 1] * math.max(0, now - at)
-    elseif rule > 1 and not (windows or make_windows(class))[rule].counts(i, q, at) then n = 0 end
-    n = rule > 0 and n - used(a, i, q, class) or 0
-    if n > 0 then charge(a, i, q, n, class) end
-  end
-  touched[account] = true
-end
-
 -- Leases are live again, and charged to nothing: their minutes are taken for used, their days have been seen. So are those
 -- that have expired meanwhile; where tokens are charged by use, what that charged is taken back.
 for _, known in ipairs(cjson.decode(ARGV[7])) do
@@ -53,6 +38,21 @@ for _, known in ipairs(cjson.decode(ARGV[7])) do
     touched[account] = true
     put_lease(class, expiry, id, {LIVE, tokens, granted, 0, 0, account, key, a[15] - a[2]}, now + ttl)
   end
+end
+
+-- Of days the most that any worker has seen, as far as it still counts (after what was taken back: so twice is once).
+for _, day in ipairs(cjson.decode(ARGV[6])) do
+  local account, at = day[1], day[2]
+  local q = quota_of(class, account)
+  local a = account_of(class, account, q)
+  for i = 2, 4, 2 do
+    local rule, n = q[4 * i - 1], day[2 + i / 2]
+    if rule == 1 then n = n - q[4 * i + 1] * math.max(0, now - at)
+    elseif rule > 1 and not (windows or make_windows(class))[rule].counts(i, q, at) then n = 0 end
+    n = rule > 0 and n - used(a, i, q, class) or 0
+    if n > 0 then charge(a, i, q, n, class) end
+  end
+  touched[account] = true
 end
 
 -- What was spent is charged once.

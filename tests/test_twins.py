@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import redis
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -520,20 +522,41 @@ def limits(draw: st.DrawFn) -> Limits:
     )
 
 
-def test_a_wait_of_ages_is_told_alike(redis_url: str) -> None:
+@pytest.fixture(params=["memory", "redis"])
+def store(request: pytest.FixtureRequest, redis_url: str) -> Iterator[Any]:
+    """Either backend, on a clock of its own: `now` is its list of one."""
+    now = [START]
+    made = MemoryBackend(lambda: now[0]) if request.param == "memory" else RedisBackend(redis_url, now=lambda: now[0])
+    yield made, now
+    made.close()
+
+
+def one_account(limits: Limits) -> Registration:
+    return Registration("test-one", "gpt", [quota(limits, 0.25)], [Member("a", 0, 1, (("a", 1),))])
+
+
+def test_a_wait_of_ages_is_told_alike(store: Any) -> None:
     """A limit may have become a millionth of what was used: no longer wait than LONGEST_MS is told."""
-    stores = MemoryBackend(clock=lambda: START), RedisBackend(redis_url, now=lambda: START)
-    pool = f"test-{uuid.uuid4().hex}"
-    waits = []
-    for store in stores:
-        for tokens, limit in ((10**12, 10**12), (1, 1)):
-            to = Registration(pool, "gpt", [quota(Limits(tpd=limit), 0.25)], [Member("a", 0, 1, (("a", 1),))])
-            store.run(Register(to, "epoch", {}))
-            (answer,) = store.run(Acquire(to, TTL, (Ask(f"w:{limit}", tokens, "gpt"),))).answers
-        assert isinstance(answer, Refused)
-        waits.append(answer.wait_ms)
-        store.close()
-    assert waits == [LONGEST_MS, LONGEST_MS]
+    backend, _ = store
+    for tokens, limit in ((10**12, 10**12), (1, 1)):
+        to = one_account(Limits(tpd=limit))
+        backend.run(Register(to, "epoch", {}))
+        (answer,) = backend.run(Acquire(to, TTL, (Ask(f"w:{limit}", tokens, "gpt"),))).answers
+    assert answer == Refused(LONGEST_MS, "tpd", True, True, "a")
+
+
+def test_days_that_were_seen_stay_used_where_an_expired_lease_is_taken_back(store: Any) -> None:
+    backend, now = store
+    to = one_account(Limits(tpd=1000, rule="sliding", charge="used"))
+    backend.run(Register(to, "epoch", {}))
+    (granted,) = backend.run(Acquire(to, TTL, (Ask("w:1", 90, "gpt"),))).answers
+    assert isinstance(granted, Granted)
+    seen, live = Days("a", START, 1, 300), Live("w:1", "a", "a", 90, START)
+    now[0] += TTL
+    assert backend.run(Inspect(to, TTL)).accounts["a"].meters["tpd"][0] == 90
+    assert backend.run(Restore(to, TTL, "", "w", (seen,), (live,)))
+    row = backend.run(Inspect(to, TTL)).accounts["a"]
+    assert (row.live, row.held, row.meters["tpd"][0]) == (1, 90, 300)
 
 
 def test_lua_and_memory_answer_alike_and_never_over(redis_url: str) -> None:

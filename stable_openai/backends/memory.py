@@ -421,11 +421,6 @@ class MemoryBackend:
         if pool is None or known is None or op.birth != known.birth:
             return False
         self._reap(known, op.ttl_ms)
-        for name, at, *used in op.days:
-            account = known.touch(name, pool)
-            for meter, n in zip(account.meters[1::2], used):
-                if meter:
-                    use_up_to(meter, meter.still(n, at, pool.now), pool.now)
         for id, name, key, tokens, granted in op.live:
             lease = known.leases.get(id)
             if lease and lease.state == LIVE and (lease.account, lease.key) != (name, key):
@@ -446,6 +441,11 @@ class MemoryBackend:
                 let_go, expires = account.ever_held - account.held, pool.now + op.ttl_ms
                 known.leases[id] = Lease(LIVE, tokens, granted, expires, False, name, key, let_go)
                 known.watch(id, expires)
+        for name, at, *used in op.days:
+            account = known.touch(name, pool)
+            for meter, n in zip(account.meters[1::2], used):
+                if meter:
+                    use_up_to(meter, meter.still(n, at, pool.now), pool.now)
         kept = {worker: last for worker, last in known.restored.items() if pool.now - last[1] < KEEP}
         if op.spent and kept.get(op.worker, (-1, 0))[0] < op.number:
             known.restored = {**kept, op.worker: (op.number, pool.now)}
