@@ -70,13 +70,14 @@ def run(
     shares = [result["in_saturation"] for result in results]
     waited = statistics.median([wait for result in results for wait in result["waits"]] or [0.0])
     started = min(result["started"] for result in results)
+    idle = [result["cpu"] for result in results if result["cpu"] is not None]
     shape = f"{processes} × {coroutines or threads}{' coroutines' if coroutines else ''}"
     print(
         f"load {rule:9} {what:8} {shape}, {KEYS} keys, {rpm} requests a minute: "
         f"over a limit {len(over)}, lost {wrong}, answered {sum(result['answered'] for result in results)}, "
         f"goodput {goodput(log, rule, rpm, started, seconds):.3f} of the oracle's, Jain {jain(shares):.3f}, "
-        f"commands for each lease {commands / max(1, leases):.2f}, half of the calls waited less than {waited:.2f} s, "
-        f"CPU while nothing is granted {', '.join(str(result['cpu']) for result in results)} % of a core"
+        f"commands for each lease {commands / max(1, leases):.2f}, half of the calls waited less than {waited:.2f} s"
+        + (f", CPU while nothing is granted {', '.join(str(share) for share in idle)} % of a core" if idle else "")
         + (f", left in Redis {left}" if left else ""),
         flush=True,
     )
