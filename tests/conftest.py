@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import redis
 
+import stable_openai.manager
 from tests.servers import private_redis
 
 
@@ -27,3 +28,17 @@ def redis_url(redis_server: str) -> Iterator[str]:
     with redis.Redis.from_url(redis_server) as client:
         for key in client.scan_iter("stable:{test*"):
             client.delete(key)
+
+
+@pytest.fixture
+def only_its_managers() -> Iterator[None]:
+    """The registry of open managers is global: one that is left, by a test that failed say, would decide what another
+    finds."""
+    _close_managers()
+    yield
+    _close_managers()
+
+
+def _close_managers() -> None:
+    for manager in list(stable_openai.manager._open):
+        manager.close()

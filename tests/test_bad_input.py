@@ -41,14 +41,10 @@ VARIABLES = ("STABLE_OPENAI_KEYS", "OPENAI_API_KEY", "STABLE_OPENAI_REDIS", "STA
 
 
 @pytest.fixture(autouse=True)
-def closes_its_managers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The registry of open managers is global, and so is the environment: no test leaves or finds anything there."""
+def no_environment(only_its_managers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment is global too: no test finds anything there."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert not stable_openai.manager._open
-    yield
-    for manager in list(stable_openai.manager._open):
-        manager.close()
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from typing import Any
 import openai
 import pytest
 
-import stable_openai.manager
 from stable_openai import KeyManager, Limits, NoKeys, stable
 from stable_openai.testing import Failure, FakeOpenAI
 
+pytestmark = pytest.mark.usefixtures("only_its_managers")
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ["your_api_key1", "your_api_key2"]
 
@@ -62,16 +62,6 @@ for i in range(10):
 for thread in threads:
     thread.join()
 """
-
-
-@pytest.fixture(autouse=True)
-def closes_its_managers() -> Iterator[None]:
-    """The registry of open managers is global: a test that leaves one would decide what another finds."""
-    assert not stable_openai.manager._open
-    yield
-    left = list(stable_openai.manager._open)
-    for manager in left:
-        manager.close()
 
 
 @pytest.fixture
