@@ -431,7 +431,9 @@ def test_redirects(
         bare = [h for h in arrived[port(other)] if "authorization" not in h and "api-key" not in h]
         assert len(bare) == 1
     elif status >= 307:
-        assert [entry.status for entry in one.log] == [307, 200, 200]
+        statuses = [entry.status for entry in one.log]  # how many depends on whose turn it was: clocks may step back
+        assert statuses == [307] + [200] * (len(one.log) - 1)
+        assert len(one.log) + len(other.log) == 5
     manager.close()
 
 
