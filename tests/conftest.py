@@ -32,13 +32,16 @@ def redis_url(redis_server: str) -> Iterator[str]:
 
 @pytest.fixture
 def only_its_managers() -> Iterator[None]:
-    """The registry of open managers is global: one that is left, by a test that failed say, would decide what another
-    finds."""
-    _close_managers()
+    """The registry of open managers is global: a test that leaves one would decide what another finds. Only the next
+    test says so."""
+    left = _close_managers()
+    assert not left
     yield
     _close_managers()
 
 
-def _close_managers() -> None:
-    for manager in list(stable_openai.manager._open):
+def _close_managers() -> list[stable_openai.KeyManager]:
+    left = list(stable_openai.manager._open)
+    for manager in left:
         manager.close()
+    return left

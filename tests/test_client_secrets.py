@@ -431,9 +431,9 @@ def test_redirects(
         bare = [h for h in arrived[port(other)] if "authorization" not in h and "api-key" not in h]
         assert len(bare) == 1
     elif status >= 307:
-        statuses = [entry.status for entry in one.log]  # how many depends on whose turn it was: clocks may step back
-        assert statuses == [307] + [200] * (len(one.log) - 1)
-        assert len(one.log) + len(other.log) == 5
+        there, elsewhere = ([entry.status for entry in fake.log] for fake in fakes)
+        assert there[:2] == [307, 200]  # whose turns the others are depends on the clock, which may step back
+        assert there[2:] + elsewhere == [200, 200, 200]
     manager.close()
 
 

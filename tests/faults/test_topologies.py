@@ -240,12 +240,13 @@ def test_a_sentinel_promotes_the_replica(how: str, loads: list[Load | Waiters]) 
             old.resume()  # it still believes that it is the primary
             rate.go_on()
             held.go_on()
+            until(lambda: old.role() == "slave", within=60)  # its sentinels have told it
         for manager in rate.managers + held.managers:
             known = manager._backend._client.connection_pool.sentinel_manager.sentinels
             assert len({*map(id, known)}) == 3, "redis-py has lost one of the sentinels"
         rate.stop()
         held.stop()
-        until(lambda: listeners(new) >= 2, within=60)  # a primary that hung is told by its sentinels
+        until(lambda: listeners(new) >= 2)
         took = waiters.are_told()
         print(how, rate, held, f"woken in {took * 1000:.0f} ms")
         assert took < 2.5
